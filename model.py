@@ -162,9 +162,8 @@ def trivial_predictions(embeddings, lengths, is_masked):
         torch.where(before >= 0, before, after),  # at the ends, where one of them
         torch.where(after < len(index), after, before),  # is missing, the other one counts
     )
-    left, right = (
-        embeddings.gather(1, nearest[..., None].expand_as(embeddings)) for nearest in (before, after)
-    )
+    left = embeddings.gather(1, before[..., None].expand_as(embeddings))
+    right = embeddings.gather(1, after[..., None].expand_as(embeddings))
     line = left + weight[..., None] * (right - left)  # (B, N, D)
     return {"visible mean": mean, "interpolation": line, "average of both": (mean + line) / 2}
 
@@ -202,8 +201,9 @@ def group_tokens(is_token, device):
     token = torch.cat([g.flatten() for g in gather])[is_real]  # (T,) in the order of the groups
     restore = is_real.nonzero()[:, 0][token.argsort()]  # (T,)
 
-    def to(x):  # from pinned memory the copy is queued behind the GPU's work, and nobody waits
-        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    def to(x):  # a copy from pinned memory queues behind the GPU's work, and nobody waits for it
+        x = x.pin_memory() if device.type == "cuda" else x
+        return x.to(device, non_blocking=True)
 
     return Groups(
         rows=to(is_token.flatten().nonzero()[:, 0]),
