@@ -59,7 +59,7 @@ def load_data(path):
             arrays = {key: file[key] for key in file.files}
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such file: make it with extract.py") from None
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise SystemExit(f"{path}: not an npz of plain arrays ({error})") from None
     for key in ("embeddings", "lengths", "videos"):
         check(key in arrays, key, f"only {sorted(arrays)}", "this key")

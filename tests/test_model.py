@@ -1,0 +1,304 @@
+"""Properties of the model and the masks (model.py)."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import (
+    LVMAE,
+    LVMAEConfig,
+    load_checkpoint,
+    load_data,
+    pad,
+    random_mask,
+    semantic_mask,
+    sincos_positions,
+    trivial_predictions,
+)
+
+D, LENGTHS = 24, torch.tensor([2, 9, 32, 9, 5, 20])
+
+
+def make_model(**changes):
+    sizes = dict(dim=D, depth=2, heads=4, decoder_dim=16, decoder_depth=2, decoder_heads=2)
+    torch.manual_seed(0)
+    model = LVMAE(LVMAEConfig(**sizes | dict(max_segments=32) | changes)).double()
+    for p in model.parameters():  # biases start at zero, where a forgotten one would not show
+        torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def make_batch(lengths=LENGTHS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(lengths), int(lengths.max()), D, generator=generator, dtype=torch.double)
+    is_segment = torch.arange(x.shape[1]) < lengths[:, None]
+    return F.normalize(x, dim=2) * is_segment[..., None]
+
+
+# ---- An independent reference: one video at a time, nothing padded, formulas written out ----------
+
+
+def reference_block(block, x, heads):
+    h = F.layer_norm(x, x.shape[1:], block.norm1.weight, block.norm1.bias, 1e-6)
+    q, k, v = (h @ block.attn.qkv.weight.T + block.attn.qkv.bias).chunk(3, dim=1)
+    size, outs = x.shape[1] // heads, []
+    for i in range(heads):
+        part = slice(i * size, (i + 1) * size)
+        attention = (q[:, part] @ k[:, part].T / size**0.5).softmax(dim=1)
+        outs.append(attention @ v[:, part])
+    x = x + torch.cat(outs, dim=1) @ block.attn.proj.weight.T + block.attn.proj.bias
+    h = F.layer_norm(x, x.shape[1:], block.norm2.weight, block.norm2.bias, 1e-6)
+    h = F.gelu(h @ block.mlp.fc1.weight.T + block.mlp.fc1.bias)
+    return x + h @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
+
+
+def reference_position(i, dim):
+    angles = [i / 10000 ** (2 * j / dim) for j in range(dim // 2)]
+    return torch.tensor([np.sin(a) for a in angles] + [np.cos(a) for a in angles])
+
+
+def reference(model, embeddings, lengths, is_masked):
+    config, scale = model.config, model.input_scale
+    latents, predictions, distances = [], [], []
+    for video, n, masked in zip(embeddings, lengths.tolist(), is_masked, strict=True):
+        visible = [i for i in range(n) if not masked[i]]
+        tokens = [model.cls_token[0, 0]]
+        tokens += [video[i] * scale + reference_position(i, config.dim) for i in visible]
+        x = torch.stack(tokens)
+        for block in model.blocks:
+            x = reference_block(block, x, config.heads)
+        x = F.layer_norm(x, x.shape[1:], model.norm.weight, model.norm.bias, 1e-6)
+        latents.append(x)
+        z = x @ model.decoder_embed.weight.T + model.decoder_embed.bias
+        tokens = [z[0]]
+        for i in range(n):
+            token = z[1 + visible.index(i)] if i in visible else model.mask_token[0, 0]
+            tokens.append(token + reference_position(i, config.decoder_dim))
+        x = torch.stack(tokens)
+        for block in model.decoder_blocks:
+            x = reference_block(block, x, config.decoder_heads)
+        norm = model.decoder_norm
+        x = F.layer_norm(x, x.shape[1:], norm.weight, norm.bias, 1e-6)
+        x = (x @ model.decoder_pred.weight.T + model.decoder_pred.bias)[1:] / scale
+        predictions.append(x)
+        distances += [((x[i] - video[i]) ** 2).sum() for i in range(n) if masked[i]]
+    return sum(distances) / len(distances), latents, predictions
+
+
+@pytest.mark.parametrize("input_scale", [None, 1.0])
+@pytest.mark.parametrize("lengths", [LENGTHS, torch.tensor([8, 8, 8])], ids=["ragged", "equal"])
+@pytest.mark.parametrize("mask", [random_mask, semantic_mask])
+def test_equals_reference_forward_and_gradients(lengths, mask, input_scale):
+    """Catches any error of packing, grouping, key masks, positions, scale, loss or their gradients."""
+    model, embeddings = make_model(input_scale=input_scale), make_batch(lengths)
+    is_masked = mask(embeddings, lengths, 0.5, torch.Generator().manual_seed(1))
+    loss, predictions = model(embeddings, lengths, is_masked)
+    expected_loss, expected_latents, expected = reference(model, embeddings, lengths, is_masked)
+    torch.testing.assert_close(loss, expected_loss)
+    latents = model.encode(embeddings, lengths, is_masked)
+    for b, n in enumerate(lengths.tolist()):
+        torch.testing.assert_close(predictions[b, :n], expected[b])
+        assert not predictions[b, n:].any()
+        is_visible = ~is_masked[b, :n]
+        torch.testing.assert_close(latents[b, 0], expected_latents[b][0])
+        torch.testing.assert_close(latents[b, 1 : n + 1][is_visible], expected_latents[b][1:])
+        assert not latents[b, 1 : n + 1][~is_visible].any() and not latents[b, n + 1 :].any()
+    parameters = dict(model.named_parameters())
+    ours = torch.autograd.grad(loss, parameters.values())
+    theirs = torch.autograd.grad(expected_loss, parameters.values())
+    for name, a, b in zip(parameters, ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_nothing_of_a_masked_embedding_reaches_the_model():
+    """Catches a masked embedding that leaks into the latents or the predictions."""
+    model, embeddings = make_model(), make_batch()
+    is_masked = random_mask(embeddings, LENGTHS, 0.5)
+    changed = torch.where(is_masked[..., None], 7.0, embeddings)
+    assert torch.equal(
+        model.encode(embeddings, LENGTHS, is_masked), model.encode(changed, LENGTHS, is_masked)
+    )
+    assert torch.equal(
+        model(embeddings, LENGTHS, is_masked)[1], model(changed, LENGTHS, is_masked)[1]
+    )
+
+
+def test_every_visible_segment_is_seen():
+    """Catches a key mask that is one short, so that the last segment is never attended to."""
+    model, embeddings = make_model(), make_batch()
+    for b, n in enumerate(LENGTHS.tolist()):
+        for i in range(n):
+            changed = embeddings.clone()
+            changed[b, i] *= -1
+            before, after = (model.encode(x, LENGTHS)[b, 0] for x in (embeddings, changed))
+            assert (before - after).abs().max() > 1e-4, (b, i)
+
+
+def test_padding_and_neighbours_change_nothing():
+    """Catches a video whose latents depend on the padding or on the rest of the batch."""
+    model, embeddings = make_model(), make_batch()
+    latents = model.encode(embeddings, LENGTHS)
+    wide = F.pad(embeddings, (0, 0, 0, 11), value=3.0)
+    torch.testing.assert_close(model.encode(wide, LENGTHS)[:, :33], latents)
+    order = torch.tensor([3, 0, 5])
+    torch.testing.assert_close(model.encode(embeddings[order], LENGTHS[order]), latents[order])
+
+
+def test_longer_than_max_segments_follows_the_formula():
+    """Catches positions that end at the buffer: a film of 90 minutes has 1,080 segments."""
+    lengths = torch.tensor([1080])
+    embeddings = make_batch(lengths)
+    short, long = make_model(max_segments=32), make_model(max_segments=1080)
+    torch.testing.assert_close(short.encode(embeddings, lengths), long.encode(embeddings, lengths))
+    expected = reference_position(1079, D)
+    torch.testing.assert_close(sincos_positions(1080, D)[0, 1080].double(), expected, atol=1e-6, rtol=0)
+
+
+def test_names_and_shapes_are_those_of_mae():
+    """Catches a renamed parameter: a state dict of the authors' release must load strictly."""
+    block = {
+        "norm1.weight": 1, "norm1.bias": 1, "attn.qkv.weight": 2, "attn.qkv.bias": 1,
+        "attn.proj.weight": 2, "attn.proj.bias": 1, "norm2.weight": 1, "norm2.bias": 1,
+        "mlp.fc1.weight": 2, "mlp.fc1.bias": 1, "mlp.fc2.weight": 2, "mlp.fc2.bias": 1,
+    }  # fmt: skip
+    expected = {"cls_token": 3, "mask_token": 3, "pos_embed": 3, "decoder_pos_embed": 3}
+    for name in ("norm", "decoder_norm"):
+        expected |= {f"{name}.weight": 1, f"{name}.bias": 1}
+    for name in ("decoder_embed", "decoder_pred"):
+        expected |= {f"{name}.weight": 2, f"{name}.bias": 1}
+    for i in range(2):
+        expected |= {f"blocks.{i}.{name}": ndim for name, ndim in block.items()}
+        expected |= {f"decoder_blocks.{i}.{name}": ndim for name, ndim in block.items()}
+    state = make_model().state_dict()
+    assert {name: tensor.ndim for name, tensor in state.items()} == expected
+    assert state["pos_embed"].shape == (1, 33, D) and not state["pos_embed"][0, 0].any()
+    assert state["decoder_pos_embed"].shape == (1, 33, 16)
+
+
+@pytest.mark.parametrize("mask", [random_mask, semantic_mask])
+@pytest.mark.parametrize("ratio", [0.01, 0.4, 0.5, 0.75, 0.99])
+def test_number_of_masked_segments(mask, ratio):
+    """Catches a count off by one from float error, masked padding, and nothing masked or visible."""
+    lengths = torch.arange(2, 101)
+    embeddings = make_batch(lengths)
+    is_masked = mask(embeddings, lengths, ratio)
+    expected = [min(max(round(ratio * n), 1), n - 1) for n in lengths.tolist()]
+    assert is_masked.sum(1).tolist() == expected
+    assert not is_masked[torch.arange(100) >= lengths[:, None]].any()
+
+
+def test_random_mask_is_uniform_and_repeatable():
+    """Catches a random mask that prefers some places, or ignores its generator."""
+    lengths = torch.full((2000,), 10)
+    embeddings = torch.zeros(2000, 10, 1)
+    is_masked, again = (
+        random_mask(embeddings, lengths, 0.4, torch.Generator().manual_seed(3)) for _ in range(2)
+    )
+    assert torch.equal(is_masked, again)
+    share = is_masked.float().mean(0)
+    assert (share - 0.4).abs().max() < 0.05
+
+
+def test_semantic_mask_by_hand():
+    """Catches semantic masking reversed: the segments that differ from the one before are masked."""
+    a, b = torch.eye(D)[:2]
+    near = F.normalize(a + 0.1 * b, dim=0)
+    videos = [[a, a, b, b, a, near], [a, b, b, b, b, b], [b, a]]
+    lengths = torch.tensor([6, 6, 2])
+    x = torch.stack([F.pad(torch.stack(v), (0, 0, 0, 6 - len(v))) for v in videos])
+    expected = [[0, 0, 1, 0, 1, 1], [0, 1, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0]]
+    assert semantic_mask(x, lengths, 0.5).int().tolist() == expected
+
+
+def test_trivial_predictions_by_hand():
+    """Catches a bar that is too low: wrong neighbours, wrong weights, masked segments used."""
+    x = torch.tensor([[0.0], [9.0], [9.0], [6.0], [9.0], [9.0]])[None]
+    is_masked = torch.tensor([[False, True, True, False, True, False]])
+    lengths = torch.tensor([5])  # the last one is padding
+    guess = trivial_predictions(x, lengths, is_masked)
+    assert guess["visible mean"][0, :5, 0].tolist() == [3.0] * 5
+    assert guess["interpolation"][0, :5, 0].tolist() == [0.0, 2.0, 4.0, 6.0, 6.0]
+    assert guess["average of both"][0, :5, 0].tolist() == [1.5, 2.5, 3.5, 4.5, 4.5]
+
+
+def write_npz(path, **changes):
+    embeddings = F.normalize(torch.randn(7, D), dim=1).half().numpy()
+    arrays = dict(embeddings=embeddings, lengths=np.array([3, 4]), videos=np.array(["a", "b"]))
+    arrays |= changes
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+    return str(path)
+
+
+def test_load_and_pad(tmp_path):
+    """Catches rows that go to the wrong video, and optional keys that are not optional."""
+    data = load_data(write_npz(tmp_path / "x.npz"))
+    batch = pad(data.embeddings, data.first, data.lengths)
+    assert torch.equal(batch[0, :3], data.embeddings[:3].float()) and not batch[0, 3].any()
+    assert torch.equal(batch[1], data.embeddings[3:].float())
+    assert data.starts.tolist() == [0, 5, 10, 0, 5, 10, 15] and data.labels == ["", ""]
+
+
+ZERO_ROW = np.pad(np.eye(6, D), ((0, 1), (0, 0)))
+NAN_ROW = np.where(np.arange(7)[:, None] == 4, np.nan, np.eye(7, D))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(embeddings=None), "'embeddings'.*this key"),
+        (dict(lengths=None), "'lengths'.*this key"),
+        (dict(videos=None), "'videos'.*this key"),
+        (dict(embeddings=np.eye(7, D)[0]), "'embeddings'.*float.*S, D"),
+        (dict(embeddings=np.eye(7, D).astype(int)), "'embeddings'.*int64"),
+        (dict(embeddings=ZERO_ROW), "'embeddings'.*row 6 zero"),
+        (dict(embeddings=NAN_ROW), "'embeddings'.*row 4"),
+        (dict(embeddings=2 * np.eye(7, D)), "'embeddings'.*length 2.*unit length"),
+        (dict(lengths=np.array([3, 5])), "'lengths'.*sum 8.*7 rows"),
+        (dict(lengths=np.array([0, 7])), "'lengths'.*found 0"),
+        (dict(lengths=np.array([3.0, 4.0])), "'lengths'.*float64"),
+        (dict(videos=np.array(["a"])), r"'videos'.*\(1,\)"),
+        (dict(videos=np.array(["a", "a"])), "'videos'.*twice"),
+        (dict(videos=np.array(["a", "b"], dtype=object)), "not an npz of plain arrays"),
+        (dict(starts=np.zeros(3)), r"'starts'.*\(3,\)"),
+        (dict(labels=np.array(["a"])), r"'labels'.*\(1,\)"),
+        (dict(meta=np.array("{broken")), "'meta'.*JSON"),
+    ],
+)
+def test_broken_npz_is_refused(tmp_path, changes, message):
+    """Catches a broken file that is read in silence: each rule of the format has its error."""
+    path = write_npz(tmp_path / "broken.npz", **changes)
+    with pytest.raises(SystemExit, match=f"broken.npz: .*{message}") as error:
+        load_data(path)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_no_npz(tmp_path):
+    """Catches a traceback where a file is missing, empty, cut or something else."""
+    (tmp_path / "text.npz").write_text("hello")
+    (tmp_path / "empty.npz").write_text("")
+    whole = (tmp_path / "whole.npz").read_bytes() if write_npz(tmp_path / "whole.npz") else b""
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    for name in ("missing", "text", "empty", "cut"):
+        with pytest.raises(SystemExit, match=f"{name}.npz: (no such file|not an npz)"):
+            load_data(str(tmp_path / f"{name}.npz"))
+
+
+def test_checkpoint_that_does_not_fit(tmp_path):
+    """Catches a checkpoint loaded into other shapes, and tracebacks for wrong files."""
+    data = load_data(write_npz(tmp_path / "x.npz"))
+    path, device = str(tmp_path / "m.pt"), torch.device("cpu")
+    with pytest.raises(SystemExit, match="m.pt: no such file"):
+        load_checkpoint(path, data, device)
+    torch.save({"model": {}}, path)
+    with pytest.raises(SystemExit, match="m.pt: not a checkpoint"):
+        load_checkpoint(path, data, device)
+    (tmp_path / "m.pt").write_text(json.dumps({}))
+    with pytest.raises(SystemExit, match="m.pt: not a checkpoint"):
+        load_checkpoint(path, data, device)
+    model = make_model(dim=16).float()
+    torch.save({"model": model.state_dict(), "config": vars(model.config)}, path)
+    with pytest.raises(SystemExit, match="size 16, .*x.npz has 24"):
+        load_checkpoint(path, data, device)
