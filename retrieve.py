@@ -1,4 +1,4 @@
-"""Stage 4 of LV-MAE: read the reconstructions as captions (section 3.4, Eq. 4, Figure 3).
+"""Stage 4 of LV-MAE: read the reconstructions as captions (section 3.4, Figures 3 and 4).
 
 A share of each video's segments is masked, the model rebuilds their embeddings from the visible
 ones, and a rebuilt embedding is read as the caption whose text embedding is the most similar.
@@ -7,20 +7,21 @@ ones, and a rebuilt embedding is read as the caption whose text embedding is the
     python retrieve.py --captions captions.csv --figure retrieval.png --videos videos/
 
 --captions is the caption database, in one of three forms:
-    .txt  a caption a line
-    .csv  video,start,caption: also says which caption is the true one of a segment
+    .txt  one caption a line
+    .csv  video,start,caption: this says also which caption is the true one of a segment
     .npz  captions (C,) str and embeddings (C, D): for encoders that open_clip does not have
 
-Scores are over the masked segments of all videos of --data, those of the training included. They
-count how high the true caption ranks; where no true caption is known, how high the caption ranks
-that the true embedding retrieves. The last line gives the reconstruction's:
+It ends with a table of how high the true caption ranks among all captions, over the masked segments
+of all videos (those of the training included); where no true caption is known, how high the caption
+ranks that the true embedding retrieves.
 
-    <measured>
+<measured>
 
-Shapes: S segments of all videos, D embedding size, C captions without repeats, Q queries.
+Letters beside model.py's: C captions without repeats, Q queries.
 """
 
 import argparse
+import contextlib
 import csv
 import difflib
 import hashlib
@@ -31,278 +32,288 @@ import textwrap
 import zipfile
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import model as lvmae
-from extract import load_encoder
+from extract import frames_at, load_encoder
 
 
 def get_args(argv=None):
     """Read the command line."""
-    parser = argparse.ArgumentParser(
+    p = argparse.ArgumentParser(
         description="Read reconstructed segments as captions.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
-    add("--data", default="out.npz", help="segment embeddings, from extract.py")
-    add("--ckpt", default="lvmae.pt", help="checkpoint, from train.py")
-    add("--captions", default="captions.csv", help="caption database: .txt, .csv or .npz")
+    p.add_argument("--data", default="out.npz", help="segment embeddings, from extract.py")
+    p.add_argument("--ckpt", default="lvmae.pt", help="checkpoint, from train.py")
+    p.add_argument("--captions", default="captions.csv", help="database: .txt, .csv or .npz")
     # What is masked
-    add("--mask", choices=["random", "semantic"], default="random", help="masking strategy")
-    add("--mask-ratio", type=float, default=0.4, help="share of a video's segments to mask")
-    add("--seed", type=int, default=0, help="of the random masks")
+    p.add_argument("--mask", choices=["random", "semantic"], default="random", help="strategy")
+    p.add_argument("--mask-ratio", type=float, default=0.4, help="share of the segments, 0 to 1")
+    p.add_argument("--seed", type=int, default=0, help="of the random masks")
     # What is shown
-    add("--video", nargs="+", metavar="NAME", help="videos to show; if not given, the longest")
-    add("--show", type=int, default=12, help="segments to show of a video")
-    add("--top-k", type=int, default=1, help="captions to show for an embedding")
-    add("--figure", metavar="PNG", help="draw what is shown, with a frame of each segment")
-    add("--videos", metavar="FOLDER", help="the folder given to extract.py, for --figure")
-    add("--json", metavar="FILE", help="also write the scores to this file")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    return parser.parse_args(argv)
+    p.add_argument("--video", nargs="+", metavar="NAME", help="videos to show; none: the longest")
+    p.add_argument("--show", type=int, default=12, help="number of segments to show of a video")
+    p.add_argument("--top-k", type=int, default=1, help="number of captions to show of a segment")
+    p.add_argument("--figure", metavar="PNG", help="draw what is shown, with a frame of each segment")
+    p.add_argument("--videos", metavar="FOLDER", help="folder given to extract.py, for --figure")
+    p.add_argument("--json", metavar="FILE", help="also write the scores to this file")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    return p.parse_args(argv)
 
 
 def read_captions(path, data):
-    """Read the caption database and drop repeats.
+    """Read the database, dropping repeats: captions (C,), embeddings (C, D) or None, truth (S,).
 
-    Returns captions (list of C), embeddings ((C, D), or None if they must be computed) and truth
-    ((S,) number of each segment's true caption, -1 where unknown).
+    `truth` is the number of each segment's true caption, -1 where it is unknown.
     """
-    rows, embeddings = [], None
+    rows, embeddings, truth = [], None, torch.full((len(data.starts),), -1)
     try:
         if path.endswith(".npz"):
             with np.load(path, allow_pickle=False) as file:
                 texts, embeddings = file["captions"].tolist(), torch.from_numpy(file["embeddings"])
-        else:
+        elif path.endswith(".csv"):
             with open(path, encoding="utf-8-sig", newline="") as file:
-                rows = list(csv.DictReader(file)) if path.endswith(".csv") else []
-                texts = [row["caption"] or "" for row in rows] or file.read().splitlines()
-    except OSError as error:
-        raise SystemExit(f"{path}: {error.strerror}: give captions as .txt, .csv or .npz") from None
-    except KeyError as error:
-        expected = "captions, embeddings" if path.endswith(".npz") else "video,start,caption"
-        raise SystemExit(f"{path}: found no {error}, expected {expected}") from None
-    except (ValueError, zipfile.BadZipFile) as error:
-        raise SystemExit(f"{path}: unreadable ({error}), expected UTF-8 text or an npz") from None
-
-    texts = [" ".join(text.split()) for text in texts]
-    first = {}  # caption -> its first row
-    for row, text in enumerate(texts):
-        if text:
-            first.setdefault(text, row)
-    if not first:
-        raise SystemExit(f"{path}: found no caption, expected at least one")
+                rows = list(csv.DictReader(file))
+            texts = [row["caption"] or "" for row in rows]
+            keys = [(row["video"], round(float(row["start"]) * 10)) for row in rows]
+        else:
+            texts = Path(path).read_text("utf-8-sig").split("\n")
+    except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise SystemExit(f"{path}: {error!r}: expected .txt with a caption a line, .csv with video,"
+                         "start,caption or .npz with captions, embeddings") from None
+    texts = np.array([" ".join(text.split()) for text in texts] + [""], object)
+    captions, first, number = np.unique(texts, return_index=True, return_inverse=True)
+    captions, first, number = captions[1:], first[1:], number - 1  # without "", which sorts first
     if embeddings is not None:
-        expected = (len(texts), data.embeddings.shape[1])
-        if embeddings.shape != expected or not embeddings.isfinite().all():
-            found = f"{tuple(embeddings.shape)}"
+        found, expected = tuple(embeddings.shape), (len(texts) - 1, data.embeddings.shape[1])
+        if found != expected or not embeddings.isfinite().all():
             raise SystemExit(f"{path}: embeddings: found {found}, expected {expected}, all finite")
-        embeddings = embeddings[list(first.values())]
-
-    number = {caption: n for n, caption in enumerate(first)}
-    video_number = {video: v for v, video in enumerate(data.videos)}
-    truth = torch.full((len(data.starts),), -1)
-    for row, text in zip(rows, texts, strict=True) if rows else ():
-        if text and (v := video_number.get(row["video"])) is not None:
-            here = slice(data.first[v], data.first[v] + data.lengths[v])
-            distance = (data.starts[here] - float(row["start"])).abs()
-            if distance.min() < 0.5:  # seconds
-                truth[data.first[v] + distance.argmin()] = number[text]
-    if rows and (truth < 0).all():
-        raise SystemExit(f"{path}: no row fits: found video {rows[0]['video']} at {rows[0]['start']} "
-                         f"s, expected names like {data.videos[0]} and starts as in {data.path}")
-    return list(first), embeddings, truth
+        embeddings = embeddings[first]
+    if rows:  # a row is for the segment of the same video and, to a tenth of a second, start
+        tenths = (data.starts * 10).round().long().tolist()
+        videos = np.repeat(np.array(data.videos, object), data.lengths)
+        segment = {key: s for s, key in enumerate(zip(videos, tenths, strict=True))}
+        for key, n in zip(keys, number, strict=False):
+            truth[segment.get(key, [])] = n
+        if (truth < 0).all():
+            raise SystemExit(f"{path}: no row fits {data.path}: found {rows[0]['video']}, start "
+                             f"{rows[0]['start']}, expected as {data.videos[0]}, {tenths[0] / 10}")
+    return captions.tolist(), embeddings, truth
 
 
 @torch.no_grad()
 def embed_captions(path, captions, data, device):
-    """Encode captions with the text tower of the model that made `data`; returns (C, D) float16.
+    """Embed captions with the text tower of the model that made `data`: (C, D) float16.
 
-    The result is kept in a file beside the captions, for as long as captions and model are the same.
+    The result is kept in a file beside the captions while captions and model stay the same.
     """
-    way_out = "give --captions FILE.npz, with the keys captions and embeddings"
-    name, pretrained = data.meta.get("model", ""), data.meta.get("pretrained")
+    way_out = "give --captions FILE.npz with the keys captions, embeddings"
+    name = data.meta.get("model", "")
     if name not in open_clip.list_models() and not os.path.isdir(name):
-        raise SystemExit(f"{data.path}: meta: found model {name!r}, expected one of open_clip or a "
-                         f"folder, to embed the captions: {way_out}")
-    cache = Path(f"{path}.cache.npz")
-    digest = hashlib.sha256(json.dumps([captions, data.meta], sort_keys=True).encode()).hexdigest()
-    if cache.exists() and str((file := np.load(cache))["digest"]) == digest:
-        return torch.from_numpy(file["embeddings"])
+        raise SystemExit(f"{data.path}: key 'meta': found model {name!r}, expected a name or folder "
+                         f"of open_clip, for its text tower: {way_out}")
+    digest = hashlib.sha256(json.dumps([captions, data.meta]).encode()).hexdigest()
+    cache = f"{path}.cache.npz"
+    if os.path.exists(cache) and str((cached := np.load(cache))["digest"]) == digest:
+        return torch.from_numpy(cached["embeddings"])
 
-    clip, tokenizer_name = load_encoder(name, pretrained, device)
+    clip, tokenizer_name = load_encoder(name, data.meta.get("pretrained", ""), device)
     tokenize = open_clip.get_tokenizer(tokenizer_name)
     embeddings = []
     for i in tqdm(range(0, len(captions), 256), "captions", disable=len(captions) < 10_000):
-        text = clip.encode_text(tokenize(captions[i : i + 256]).to(device))
-        embeddings.append(F.normalize(text.float(), dim=-1).half().cpu())
+        text = clip.encode_text(tokenize(captions[i : i + 256]).to(device))  # (256, D)
+        embeddings.append(F.normalize(text.float(), dim=1).half().cpu())
     embeddings = torch.cat(embeddings)  # (C, D)
     if embeddings.shape[1] != data.embeddings.shape[1]:
-        raise SystemExit(f"{name}: found text embeddings of size {embeddings.shape[1]}, expected "
-                         f"{data.embeddings.shape[1]} as in {data.path}: {way_out}")
-    part = cache.with_suffix(".part.npz")  # moved into place, so that a reader sees a whole file
-    np.savez(part, digest=digest, embeddings=embeddings.numpy())
-    part.replace(cache)
+        raise SystemExit(f"{data.path}: found embeddings of size {data.embeddings.shape[1]}, expected"
+                         f" {embeddings.shape[1]} as {name} gives: {way_out}")
+    with contextlib.suppress(OSError):  # a folder that is not ours to write to: no cache
+        np.savez(f"{cache}.part.npz", digest=digest, embeddings=embeddings.numpy())
+        os.replace(f"{cache}.part.npz", cache)
     return embeddings
 
 
 @torch.no_grad()
 def reconstruct(model, data, args, device):
-    """Mask each video and fill it: is_masked (S,), {name: embeddings (S, D)}."""
-    masking = lvmae.semantic_mask if args.mask == "semantic" else lvmae.random_mask
+    """Mask each video and rebuild it: is_masked (S,) and {name: embeddings (S, D)}."""
+    strategy = lvmae.semantic_mask if args.mask == "semantic" else lvmae.random_mask
     generator = torch.Generator().manual_seed(args.seed)
-    is_masked = torch.zeros(len(data.embeddings), dtype=torch.bool)  # (S,)
+    is_masked = torch.zeros(len(data.embeddings), dtype=torch.bool)
     names = "reconstructed", "interpolation", "visible mean"
-    filled = {"true": data.embeddings} | {n: torch.zeros_like(data.embeddings) for n in names}
+    rebuilt = {"true": data.embeddings} | {n: torch.zeros_like(data.embeddings) for n in names}
     for batch in data.lengths.argsort(stable=True).split(16):  # alike lengths: little padding
         first, lengths = data.first[batch], data.lengths[batch]
         embeddings = lvmae.pad(data.embeddings, first, lengths)  # (B, N, D)
-        hidden = masking(embeddings, lengths, args.mask_ratio, generator=generator)  # (B, N)
-        guesses = lvmae.trivial_predictions(embeddings, lengths, hidden)
-        guesses["reconstructed"] = model(embeddings.to(device), lengths, hidden)[1].cpu()
-        index = torch.arange(hidden.shape[1])
-        is_real = index < lengths[:, None]  # (B, N)
-        rows = (first[:, None] + index)[is_real]
-        is_masked[rows] = hidden[is_real]
+        place = strategy(embeddings, lengths, args.mask_ratio, generator)  # (B, N), True if masked
+        guesses = lvmae.trivial_predictions(embeddings, lengths, place)
+        guesses["reconstructed"] = model(embeddings.to(device), lengths, place)[1].cpu()
+        rows = (first[:, None] + torch.arange(place.shape[1]))[place]
+        is_masked[rows] = True
         for name in names:
-            filled[name][rows] = guesses[name][is_real].half()
-    return is_masked, filled
+            rebuilt[name][rows] = guesses[name][place].half()
+    return is_masked, rebuilt
 
 
 @torch.no_grad()
-def search(queries, captions, top_k, truth=None, device="cpu"):
-    """Rank captions (C, D) by their cosine similarity to the queries (Q, D): Eq. (4).
+def search(queries, captions, truth, top_k, device):
+    """Rank captions (C, D) by their similarity to queries (Q, D), a block of them at a time.
 
-    Returns the top_k similarities and caption numbers, both (Q, top_k), and the rank of the
-    captions `truth` (Q,), where 1 is the best. Never more than a block of the (Q, C) similarities is held.
+    Returns the highest similarities and the numbers of their captions, (Q, top_k) both, and the
+    ranks (Q,), from 1, of the captions `truth` (Q,).
     """
-    def unit(x):
-        return F.normalize(x.to(device).float(), dim=-1)
 
-    Q, C = len(queries), len(captions)
+    def unit(x):  # Eq. (4): the cosine is the product of vectors of length 1
+        return F.normalize(x.to(device).float(), dim=1)
+
     queries = unit(queries)
-    best = torch.full((Q, min(top_k, C)), -2.0, device=device)
-    number = torch.zeros_like(best, dtype=torch.long)
-    higher = torch.zeros(Q, device=device)
-    if truth is not None:  # the small step: rounding must not put a caption above itself
-        bar = (queries * unit(captions[truth])).sum(-1, keepdim=True) + 1e-5  # (Q, 1)
-    for c in range(0, C, 4096):
-        block = unit(captions[c : c + 4096])
-        for q in range(0, Q, 512):
+    # A caption ranks below those more similar. The step keeps rounding from counting it itself.
+    bar = (queries * unit(captions[truth])).sum(1, keepdim=True) + 1e-5  # (Q, 1)
+    best = torch.full((len(queries), min(top_k, len(captions))), -2.0, device=device)
+    number, rank = torch.zeros_like(best, dtype=torch.long), torch.ones_like(bar[:, 0])
+    for c in range(0, len(captions), 4096):
+        block = unit(captions[c : c + 4096]).T
+        for q in range(0, len(queries), 512):
             q = slice(q, q + 512)
-            similarity = queries[q] @ block.T  # (512, 4096)
-            values, places = similarity.topk(min(top_k, len(block)))
-            values, order = torch.cat([best[q], values], 1).topk(best.shape[1])
+            similarity = queries[q] @ block  # (512, 4096)
+            values, places = similarity.topk(min(top_k, block.shape[1]))
+            best[q], order = torch.cat([best[q], values], 1).topk(best.shape[1])
             number[q] = torch.cat([number[q], places + c], 1).gather(1, order)
-            best[q] = values
-            if truth is not None:
-                higher[q] += similarity.gt_(bar[q]).sum(1)  # in place: nobody reads it any more
-    return best.cpu(), number.cpu(), 1 + higher.cpu()
-
-
-def score(rank, C):
-    """Recall at 1, 5 and 10 in percent, and median rank; rank (Q,), or None for pure chance."""
-    if rank is None:
-        return {f"R@{k}": 100 * min(1, k / C) for k in (1, 5, 10)} | {"median rank": (C + 1) / 2}
-    recall = {f"R@{k}": 100 * (rank <= k).float().mean().item() for k in (1, 5, 10)}
-    return recall | {"median rank": float(np.median(rank))}
-
-
-class Reading(NamedTuple):
-    """A segment to show: its captions, true and retrieved."""
-
-    start: float
-    is_masked: bool
-    caption: str  # the true one, '' if unknown
-    true: list  # (similarity, caption) for its embedding
-    reconstructed: list  # the same for its reconstruction, [] if visible
+            rank[q] += similarity.gt_(bar[q]).sum(1)  # in place: not needed any more
+    return best.cpu(), number.cpu(), rank.cpu()
 
 
 def choose(is_masked, number):
-    """Pick about `number` segments of a video, (N,): runs of three with a masked one among them."""
-    runs = [i for i in range(0, len(is_masked), 3) if is_masked[i : i + 3].any()] or [0]
-    picks = np.linspace(0, len(runs) - 1, min(len(runs), max(1, number // 3)))
-    return [i for p in picks for i in range(runs[round(p)], min(runs[round(p)] + 3, len(is_masked)))]
+    """Pick `number` segments of a video, (N,): fours in a row, each with a masked one, evenly."""
+    fours = [four for four in torch.arange(len(is_masked)).split(4) if is_masked[four].any()]
+    picks = np.linspace(0, len(fours) - 1, min(len(fours), -(-number // 4))).round().astype(int)
+    return torch.cat([fours[i] for i in picks])
 
 
-def clock(seconds):
-    """Write seconds as 1:02:03 or 2:03."""
-    hours, minutes = divmod(int(seconds) // 60, 60)
-    return (f"{hours}:{minutes:02}" if hours else f"{minutes}") + f":{int(seconds) % 60:02}"
-
-
-def print_table(readings):
-    """Print what is shown of a video, at most 100 columns wide."""
-    table = [("time", "", "true caption", "true embedding", "reconstruction")]
-    for r in readings:
-        true = [f"{s:.2f} {'same' if c == r.caption else c}" for s, c in r.true]
-        rebuilt = [f"{s:.2f} {c}" for s, c in r.reconstructed]
-        table.append((clock(r.start), "▒" * r.is_masked, r.caption, "\n".join(true), "\n".join(rebuilt)))
-    widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in zip(*table)]
-    while sum(widths) > 92:
+def print_table(segments):
+    """Print segments, tuples of texts as main makes them, in at most 100 columns."""
+    table = [("time", "", "true caption", "true embedding", "reconstruction"), *segments]
+    widths = [max(len(x) for cell in c for x in cell.split("\n")) for c in zip(*table, strict=True)]
+    while sum(widths) > 92:  # 4 gaps of 2
         widths[widths.index(max(widths))] -= 1
     for row in table:
-        cells = [
-            [piece for line in cell.split("\n") for piece in textwrap.wrap(line, w, subsequent_indent=" ")]
-            for cell, w in zip(row, widths)
-        ]
-        for pieces in zip_longest(*cells, fillvalue=""):
-            print("  ".join(p.ljust(w) for p, w in zip(pieces, widths)).rstrip())
+        cells = [[part for line in cell.split("\n") for part in textwrap.wrap(line, width)]
+                 for cell, width in zip(row, widths, strict=True)]
+        for parts in zip_longest(*cells, fillvalue=""):
+            print("  ".join(map(str.ljust, parts, widths)).rstrip())
+
+
+COLOURS = {"true caption": "black", "true embedding": "#1a5fb4", "reconstruction": "#c01c28"}
+
+
+def draw_row(segments, frames):
+    """Draw up to four segments side by side: their captions, and under them a frame of each."""
+    font, row = find_font(15), Image.new("RGB", (1000, 1000), "white")
+    draw = ImageDraw.Draw(row)
+    columns = [[] for _ in segments]
+    for lines, (_, _, *texts) in zip(columns, segments, strict=True):
+        for text, colour in zip(texts, COLOURS.values(), strict=True):
+            for line in text.splitlines():
+                width = int(len(line) * 225 / font.getlength(line))  # in letters of this line
+                lines += [(part, colour) for part in textwrap.wrap(line, width)]
+    y = 20 * max(map(len, columns)) + 10
+    for i, (lines, (time, masked, *_), frame) in enumerate(zip(columns, segments, frames, strict=True)):
+        x, colour = 10 + 248 * i, "#c01c28" if masked else "black"
+        for j, (line, line_colour) in enumerate(lines, -len(lines)):
+            draw.text((x, y + 20 * j - 8), line, line_colour, font)
+        picture = ImageOps.contain(Image.fromarray(frame), (236, 176))
+        row.paste(picture, (x, y))
+        w, h = picture.size
+        if masked:
+            draw.rectangle((x, y, x + w, y + h), outline=colour, width=6)
+        draw.text((x + 10, y + 8), time + " masked" * bool(masked), "white", font, stroke_width=2, stroke_fill=colour)
+    return row.crop((0, 0, 1000, y + h + 20))
+
+
+def find_font(size):
+    """Find a font of many scripts (Linux, macOS, Windows), else the one that Pillow brings."""
+    for name in ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"):
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
 
 
 def main(args):
-    """Print what the masked segments of a video are read as, and the scores over all videos."""
-    sys.stdout.reconfigure(errors="replace")  # a caption may hold what the terminal cannot show
+    """Print what masked segments are read as, and how well all of them are read."""
+    sys.stdout.reconfigure(errors="replace")  # captions may hold what a terminal cannot show
     device = lvmae.pick_device(args.device)
     data = lvmae.load_data(args.data)
     shown = args.video or [data.videos[data.lengths.argmax()]]
-    for name in set(shown) - set(data.videos):
-        near = difflib.get_close_matches(name, data.videos, 3, cutoff=0)
-        raise SystemExit(f"--video {name}: not in {args.data}; the nearest are {', '.join(near)}")
+    for name in shown:
+        if name not in data.videos:
+            near = ", ".join(difflib.get_close_matches(name, data.videos, 3, cutoff=0))
+            raise SystemExit(f"--video {name}: not in {args.data}, nearest are: {near}")
+        if args.figure and not os.path.isfile(path := os.path.join(args.videos or "", name)):
+            raise SystemExit(f"{path}: no such file: give --videos, the folder given to extract.py")
     captions, embeddings, truth = read_captions(args.captions, data)
     if embeddings is None:
         embeddings = embed_captions(args.captions, captions, data, device)
-    model = lvmae.load_checkpoint(args.ckpt, data, device)
-    is_masked, filled = reconstruct(model, data, args, device)
+    is_masked, rebuilt = reconstruct(lvmae.load_checkpoint(args.ckpt, data, device), data, args, device)
+    if not is_masked.any():
+        raise SystemExit(f"{args.data}: found videos of one segment only, expected longer ones")
 
-    def retrieve(name, rows):
-        values, numbers, _ = search(filled[name][rows], embeddings, args.top_k, device=device)
-        pairs = zip(values.tolist(), numbers.tolist(), strict=True)
-        return [[(s, captions[n]) for s, n in zip(*pair, strict=True)] for pair in pairs]
-
+    # Search for the masked segments, which count, and for the shown ones.
+    is_searched, picked = is_masked.clone(), {}
     for name in shown:
         v = data.videos.index(name)
-        first, length = data.first[v].item(), data.lengths[v].item()
-        rows = first + torch.tensor(choose(is_masked[first : first + length], args.show))
-        hidden = is_masked[rows]
-        rebuilt = iter(retrieve("reconstructed", rows[hidden]))
-        readings = [
-            Reading(data.starts[row].item(), is_masked[row].item(), captions[truth[row]] if truth[row] >= 0 else "", true, next(rebuilt) if is_masked[row] else [])
-            for row, true in zip(rows, retrieve("true", rows), strict=True)
-        ]
-        print(f"{name}: {length} segments, {is_masked[first : first + length].sum()} masked (▒)\n")
-        print_table(readings)
+        rows = data.first[v] + torch.arange(data.lengths[v])
+        picked[name] = rows[choose(is_masked[rows], args.show)].tolist()
+        is_searched[picked[name]] = True
+    rows = is_searched.nonzero()[:, 0]
+    is_known = truth >= 0
+    if not is_known.any():
+        truth[rows] = search(rebuilt["true"][rows], embeddings, truth[rows], 1, device)[1][:, 0]
+    found = {n: search(e[rows], embeddings, truth[rows], args.top_k, device) for n, e in rebuilt.items()}
 
-    rows = (is_masked & (truth >= 0)).nonzero()[:, 0] if (truth >= 0).any() else is_masked.nonzero()[:, 0]
-    target = truth[rows]
-    if (truth < 0).all():
-        target = search(filled["true"][rows], embeddings, 1, device=device)[1][:, 0]
-    scores = {
-        name: score(search(filled[name][rows], embeddings, 1, target, device)[2], len(captions))
-        for name in filled
-    } | {"chance": score(None, len(captions))}
-    print(f"\n{len(rows):,} masked segments of {len(data.videos)} videos, {len(captions):,} captions\n")
+    def read(name, row, caption=None):
+        similarity, number = (x[is_searched[:row].sum()].tolist() for x in found[name][:2])
+        texts = ["same" if captions[n] == caption else captions[n] for n in number]
+        return "\n".join(f"{s:.2f} {text}" for s, text in zip(similarity, texts, strict=True))
+
+    drawn = []
+    for name, shown_rows in picked.items():
+        segments = []
+        for row in shown_rows:
+            start, caption = int(data.starts[row]), captions[truth[row]] if is_known[row] else ""
+            segments.append((f"{start // 60}:{start % 60:02}", "▒" * is_masked[row].item(), caption,
+                             read("true", row, caption), read("reconstructed", row) * is_masked[row].item()))
+        print(f"{name}\n")
+        print_table(segments)
+        if args.figure:
+            seconds = data.meta.get("segment_seconds", 5.0)
+            frames = frames_at(os.path.join(args.videos, name), [data.starts[row].item() + 0.4 * seconds for row in shown_rows])
+            drawn += [draw_row(segments[i:i+4], frames[i:i+4]) for i in range(0, len(frames), 4)]
+    if args.figure:
+        figure = Image.new("RGB", (1000, sum(row.height for row in drawn)))
+        y = 0
+        for row in drawn:
+            figure.paste(row, (0, y))
+            y += row.height
+        figure.save(args.figure)
+
+    what = "true caption" if is_known.any() else "caption that the true embedding retrieves"
+    is_counted = is_masked[rows] & (truth[rows] >= 0)
+    ranks = {name: rank[is_counted] for name, (_, _, rank) in found.items()}
+    ranks["chance"] = torch.arange(1.0, len(captions) + 1)
+    scores = {"n": int(is_counted.sum()), "captions": len(captions)}
+    print(f"\nrank of the {what} among {len(captions):,}, for {scores['n']:,} masked segments\n")
     print(f"{'':14}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'median rank':>14}")
-    for name, s in scores.items():
-        print(f"{name:14}{s['R@1']:7.1f}%{s['R@5']:7.1f}%{s['R@10']:7.1f}%{s['median rank']:14.1f}")
+    for name, rank in ranks.items():
+        recall = {f"R@{k}": 100 * (rank <= k).float().mean().item() for k in (1, 5, 10)}
+        scores[name] = recall | {"median rank": float(np.median(rank))}
+        print(f"{name:14}" + "".join(f"{r:7.1f}%" for r in recall.values()) + f"{np.median(rank):14.1f}")
     if args.json:
-        scores |= {"n": len(rows), "captions": len(captions)}
         Path(args.json).write_text(json.dumps(scores, indent=1) + "\n")
 
 
