@@ -1,0 +1,171 @@
+"""The toy world: long videos with a known structure, and a CLIP small enough to train right here.
+
+A video shows one object after the other in front of a place that holds for the whole video:
+"a red circle on the beach". Which object comes when is told by the video's recipe, a list of
+eight steps. Recipes come in pairs, 1a and 1b, 2a and 2b..: same steps, another order.
+A bag of segments cannot tell 1a from 1b; the order of the segments can.
+
+    python tests/toyworld.py toy/          # toy/videos toy/captions.csv toy/clip
+"""
+
+import argparse
+import csv
+import json
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import open_clip
+import safetensors.torch
+import torch
+
+SIZE, FPS, SEGMENT_SECONDS = 64, 2, 5  # pixels, frames per second, seconds
+COLOURS = {
+    "red": (220, 30, 30), "orange": (250, 140, 20), "yellow": (250, 230, 60), "green": (30, 190, 70),
+    "blue": (30, 60, 230), "purple": (140, 40, 170), "pink": (250, 150, 200), "white": (250, 250, 250),
+}
+SHAPES = {"circle": 32, "triangle": 3}  # corners
+PLACES = {  # colours of the upper and the lower half
+    "on the beach": ((120, 190, 240), (225, 200, 130)),
+    "in the forest": ((30, 70, 30), (60, 110, 40)),
+    "in the city": ((140, 140, 150), (70, 70, 75)),
+    "at sea": ((150, 200, 220), (20, 100, 130)),
+    "on the moon": ((5, 5, 20), (170, 170, 165)),
+    "at dusk": ((200, 110, 90), (90, 40, 60)),
+}
+OBJECTS = [f"a {colour} {shape}" for shape in SHAPES for colour in COLOURS]
+CAPTIONS = [f"{thing} {place}" for place in PLACES for thing in OBJECTS]
+CLIP_CONFIG = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": SIZE, "layers": 2, "width": 128, "patch_size": 16},
+    "text_cfg": {"context_length": 16, "width": 32, "heads": 2, "layers": 1},
+}
+MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+def get_args(argv=None):
+    """Read the command line."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to put videos/, captions.csv and clip/")
+    parser.add_argument("--videos", type=int, default=240, help="number of videos")
+    parser.add_argument("--clip-steps", type=int, default=200, help="training steps of the CLIP")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    return parser.parse_args(argv)
+
+
+def make_recipes(rng):
+    """Return {name: list of 8 objects}: four pairs with the same steps in another order."""
+    things = list(rng.permutation(OBJECTS)) * 2
+    recipes = {}
+    for pair in range(4):
+        steps = things[4 * pair : 4 * pair + 8]
+        recipes[f"{pair + 1}a"] = steps
+        # Every second step stays; the ones between come in reverse. So a hidden step cannot be
+        # told from the steps next to it: one must know which of the two recipes is running.
+        recipes[f"{pair + 1}b"] = [steps[-i - 2] if i % 2 == 0 else steps[i] for i in range(8)]
+    return recipes
+
+
+def make_story(rng, steps):
+    """Return the object of each segment of one video."""
+    first = rng.integers(len(steps))  # go round the recipe once, from anywhere: the position of a
+    steps = steps[first:] + steps[:first]  # step in the video then tells nothing about the recipe
+    slowest = rng.integers(2, 5)
+    story = []
+    for step in steps:
+        story += [step] * rng.integers(1, slowest + 1)
+    for _ in range(rng.integers(len(story) // 8, len(story) // 4 + 1)):  # noise
+        story.insert(rng.integers(len(story) + 1), rng.choice(OBJECTS))
+    return story
+
+
+def draw_segment(rng, thing, place, frames=FPS * SEGMENT_SECONDS):
+    """Draw an object that drifts and tilts in front of a place: (frames, SIZE, SIZE, 3) RGB."""
+    _, colour, shape = thing.split()
+    x, y, radius, angle = rng.uniform([28, 28, 19, -1.8], [36, 36, 25, -1.3])
+    dx, dy, turn = rng.uniform(-1, 1, 3) * [0.5, 0.5, 0.03]
+    horizon = rng.integers(26, 38)
+    video = np.empty((frames, SIZE, SIZE, 3), np.int16)
+    video[:, :horizon], video[:, horizon:] = PLACES[place]
+    corners = np.arange(SHAPES[shape]) * 2 * np.pi / SHAPES[shape]
+    for t in range(frames):
+        turned = corners + angle + turn * t
+        outline = [x + dx * t + radius * np.cos(turned), y + dy * t + radius * np.sin(turned)]
+        cv2.fillPoly(video[t], [np.stack(outline, 1).round().astype(np.int32)], COLOURS[colour])
+    video += rng.integers(-25, 26, video.shape, dtype=np.int16)
+    return video.clip(0, 255).astype(np.uint8)
+
+
+def draw_captions(rng):
+    """Draw one frame of every caption: (captions, 3, SIZE, SIZE), normalised for the CLIP."""
+    frames = [draw_segment(rng, c[: c.index(p) - 1], p, 1) for p in PLACES for c in CAPTIONS if p in c]
+    frames = torch.from_numpy(np.concatenate(frames)).permute(0, 3, 1, 2)
+    return (frames / 255 - MEAN[0]) / STD[0]
+
+
+def train_clip(folder, steps, seed):
+    """Train a tiny open_clip model on drawn frames and their captions and save it."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    clip = open_clip.CLIP(**CLIP_CONFIG, output_dict=True)
+    texts = open_clip.SimpleTokenizer(context_length=16)(CAPTIONS)
+    loss_of = open_clip.ClipLoss()
+    optimizer = torch.optim.AdamW(clip.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
+    for _ in range(steps):  # every batch holds each caption once: no pair is wrongly a negative
+        loss = loss_of(**clip(draw_captions(rng), texts))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bilinear", "resize_mode": "shortest"}
+    config = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))
+
+
+@torch.no_grad()
+def clip_accuracy(folder, seed, draws=5):
+    """Return how many unseen frames have their own caption as the nearest of all captions."""
+    clip, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    clip.eval()
+    texts = clip.encode_text(open_clip.get_tokenizer(f"local-dir:{folder}")(CAPTIONS), normalize=True)
+    rng = np.random.default_rng(seed)
+    images = torch.stack([clip.encode_image(draw_captions(rng), normalize=True) for _ in range(draws)])
+    best = (images @ texts.T).argmax(-1)  # (draws, captions)
+    return (best == torch.arange(len(CAPTIONS))).float().mean().item()
+
+
+def make_videos(folder, count, seed):
+    """Write the videos, an equal number of each recipe, and captions.csv."""
+    rng = np.random.default_rng(seed)
+    recipes = make_recipes(rng)
+    with open(folder / "captions.csv", "w", newline="") as file:
+        captions = csv.writer(file)
+        captions.writerow(["video", "start", "caption"])
+        for i in range(count):
+            recipe = list(recipes)[i % len(recipes)]
+            story, place = make_story(rng, recipes[recipe]), rng.choice(list(PLACES))
+            path = folder / "videos" / recipe / f"{i:03d}.mp4"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), FPS, (SIZE, SIZE))
+            for n, thing in enumerate(story):
+                for frame in draw_segment(rng, thing, place):
+                    writer.write(frame[..., ::-1])  # RGB to OpenCV's BGR
+                captions.writerow([f"{recipe}/{path.name}", n * SEGMENT_SECONDS, f"{thing} {place}"])
+            writer.release()
+
+
+def main(args):
+    """Make the world."""
+    start = time.time()
+    train_clip(args.folder / "clip", args.clip_steps, args.seed)
+    print(f"clip {clip_accuracy(args.folder / 'clip', args.seed + 1):.1%} {time.time() - start:.0f} s")
+    make_videos(args.folder, args.videos, args.seed + 2)
+    print(f"{time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main(get_args())
