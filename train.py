@@ -83,6 +83,8 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if args.mask_ratio is None:
         args.mask_ratio = {"random": 0.4, "semantic": 0.5}[args.mask]  # the best of Figure 2
+    if not 0 < args.mask_ratio < 1:
+        parser.error(f"--mask-ratio {args.mask_ratio}: must lie between 0 and 1")
     return args
 
 
@@ -295,6 +297,12 @@ def main(args):
         data.embeddings.shape[1], args.depth, args.heads, args.decoder_dim, args.decoder_depth,
         args.decoder_heads, args.max_segments, args.input_scale,
     )  # fmt: skip
+    for flag, heads, dim in (
+        ("--heads", config.heads, config.dim),
+        ("--decoder-heads", config.decoder_heads, config.decoder_dim),
+    ):
+        if dim % heads:
+            raise SystemExit(f"{flag} {heads}: must divide the width, {dim}")
     model = LVMAE(config).to(device)
     optimizer = make_optimizer(model, args)
     origin, done = digests(files, world), 0
