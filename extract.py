@@ -1,96 +1,76 @@
 """Stage 1 of LV-MAE: cut every video of a folder into 5-second segments and embed each of them.
 
-Section 3.1 of the paper: a video is N consecutive segments, each segment is T frames, and a frozen
-vision-language encoder turns a segment into one embedding. The encoder here is an image tower of
-open_clip: a segment's embedding is the mean of its T frame embeddings.
+Section 3.1: a video is N consecutive segments of T frames, and a frozen short-video encoder turns
+each segment into one embedding. Here the encoder is an image tower of open_clip, and the embedding
+of a segment is the mean over its frames.
 
-    python extract.py videos/ out.npz                      # ViT-B-32, downloaded on first use
-    python extract.py videos/ out.npz --model FOLDER       # an open_clip model on disk
-    torchrun --nproc-per-node 2 extract.py videos/ out.npz # the videos split among processes
+    python extract.py videos/ out.npz                       # ViT-B-32, downloaded on first use
+    python extract.py videos/ out.npz --model FOLDER        # an open_clip model on disk
+    torchrun --nproc-per-node 2 extract.py videos/ out.npz  # two processes share the videos
 
-Run the same command again after an interruption and it goes on where it stopped; after a finished
-run it extracts only what is new, what has changed and what failed. The last lines say what failed:
+Its last line is "97 of 100 videos, 4,812 segments; 3 failed:" and the list of these. Given again,
+the command goes on where it was stopped; later it extracts what is new, what changed, what failed.
+Processes on one file system split the videos by RANK and WORLD_SIZE (torchrun sets them) and the
+last to finish writes out.npz. Its keys, for V videos and S segments in all, of embedding size D:
 
-    97 of 100 videos, 4,812 segments; 3 failed:
-      holidays/broken.mp4: no video stream that OpenCV can read
-
-out.npz holds the S segments of V videos, one video after the other, D numbers each:
-
-    embeddings  float16 (S, D)  unit length         videos  str (V,)  path below the input folder
-    lengths     int64   (V,)    segments per video  labels  str (V,)  name of the video's folder
-    starts      float32 (S,)    seconds             meta    str ()    JSON: encoder and settings
-    digests     str     (V,)    changes with the video or the settings; for extract.py alone
-
-Several processes (torchrun, or RANK and WORLD_SIZE set by hand on machines that share a file
-system) each take every WORLD_SIZE-th video. The one that finishes last writes out.npz.
+    embeddings (S, D) float16, unit length; lengths (V,) in segments; starts (S,) in seconds;
+    videos (V,) paths; labels (V,) folder names; meta JSON; for this script: digests, notes (V,)
 """
 
 import argparse
-import contextlib
 import hashlib
-import itertools
 import json
 import logging
 import os
-import queue
 import shutil
 import socket
 import sys
-import threading
-import time
-import urllib.parse
-import urllib.request
-import uuid
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
-# FFmpeg reads these when OpenCV loads it: no chatter on stderr; no limit on the packets of other
-# streams between two video frames.
-os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-os.environ.setdefault("OPENCV_FFMPEG_READ_ATTEMPTS", "1000000000")
+import cv2
+import huggingface_hub
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transform import center_crop_or_pad
+from tqdm import tqdm
 
-import cv2  # noqa: E402
-import huggingface_hub  # noqa: E402
-import numpy as np  # noqa: E402
-import open_clip  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from model import pick_device
 
-from model import pick_device  # noqa: E402
-
-VIDEO_ENDINGS = (".3gp", ".asf", ".avi", ".divx", ".f4v", ".flv", ".m2ts", ".m2v", ".m4v", ".mkv",
-                 ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".rm", ".ts", ".vob",
-                 ".webm", ".wmv")  # fmt: skip
+VIDEO_ENDINGS = (".3gp", ".asf", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4",
+                 ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv")
 
 
 def get_args(argv=None):
     """Read the command line."""
-    p = argparse.ArgumentParser(
-        description="Embed the segments of all videos below a folder.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    p.add_argument("videos", help="folder; every video below it is extracted")
-    p.add_argument("out", help="npz file to write")
-    # The encoder
-    p.add_argument("--model", default="ViT-B-32", help="open_clip model name, or open_clip folder")
-    p.add_argument("--pretrained", default="datacomp_xl_s13b_b90k", help="weights of a model name: "
-                   "open_clip tag, or file (normalised as OpenAI's: a folder is safer)")  # fmt: skip
-    # The segments
-    p.add_argument("--segment-seconds", type=float, default=5.0, help="length of a segment")
-    p.add_argument("--frames", type=int, default=8, help="frames per segment, evenly spaced")
-    # The machine
-    p.add_argument("--batch-size", type=int, default=0, help="frames; 0: 16 on CPU, 256 on GPU")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    p = argparse.ArgumentParser(description="Embed the segments of all videos below a folder.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument
+    add("videos", help="folder of videos, searched with its subfolders")
+    add("out", help="npz file to write")
+    # Encoder
+    add("--model", default="ViT-B-32", help="open_clip model: a name, or a folder on disk")
+    add("--pretrained", default="datacomp_xl_s13b_b90k", help="weights of a model name: open_clip "
+        "tag, or file (colours then normalised as OpenAI's; a folder knows its own normalisation)")
+    # Segments
+    add("--segment-seconds", type=float, default=5.0, help="length of a segment")
+    add("--frames", type=int, default=8, help="frames per segment, evenly spaced")
+    # Machine
+    add("--batch-size", type=int, default=0, help="frames; 0: 16 on CPU, 256 on GPU")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     return p.parse_args(argv)
 
 
 def find_videos(root):
-    """List the videos below `root`, sorted, as paths relative to it; linked folders count once."""
+    """List the videos below `root`, sorted, as paths relative to it."""
     videos, visited = [], set()
-    warn = lambda error: print(f"warning: {error.filename}: {error.strerror}")  # noqa: E731
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=warn):
-        if os.path.realpath(folder) in visited:  # a link back: without this, a loop has no end
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=print):
+        if os.path.realpath(folder) in visited:  # a link to a folder above makes a loop
             subfolders.clear()
             continue
         visited.add(os.path.realpath(folder))
@@ -101,329 +81,250 @@ def find_videos(root):
 
 
 def load_encoder(model, pretrained, device):
-    """Return the frozen open_clip model and the name that open_clip.get_tokenizer knows it by."""
-    name, weights = model, pretrained
-    if os.path.isdir(model):
-        name, weights = f"local-dir:{model}", None
-    elif not os.path.isfile(pretrained) and not urllib.request.getproxies():
+    """Return the frozen open_clip model, and the name by which open_clip.get_tokenizer knows it."""
+    name, weights = (f"local-dir:{model}", None) if os.path.isdir(model) else (model, pretrained)
+    if weights and not os.path.isfile(weights) and not getproxies():
         # Without a network the hub's client retries for 47 s: ask once, then use its cache or fail.
-        hub = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
+        hub = urlsplit(huggingface_hub.constants.ENDPOINT)
         try:
             socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
         except OSError:
             huggingface_hub.constants.HF_HUB_OFFLINE = True
-    logging.disable(logging.CRITICAL)  # the one line below says it better
-    try:
-        # Unlike create_model, this call never returns random weights.
+    logging.disable(logging.CRITICAL)  # pages of log; the one line below says it all
+    try:  # unlike create_model, this never returns random weights
         clip, _ = open_clip.create_model_from_pretrained(name, weights, device=device)
-    except Exception as error:  # open_clip lets through a dozen types: files, pickles, shapes, hub
-        raise SystemExit(
-            f"--model {model} --pretrained {pretrained}: no weights "
-            f"({str(error).splitlines()[0][:120]}): give --model FOLDER (an open_clip folder on "
-            "disk) or --pretrained FILE, or connect to the internet once"
-        ) from None
+    except Exception as error:  # files, pickles, shapes, hub: a dozen types of error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
+        raise SystemExit(f"--model {model} --pretrained {pretrained}: no weights ({reason}): give "
+                         "--model FOLDER (open_clip model on disk) or --pretrained FILE") from None
     finally:
         logging.disable(logging.NOTSET)
     return clip.eval(), name
 
 
-def open_video(path, discard="nonref"):
-    """Open a video; return the capture, the seconds per frame and the seconds its header promises.
-
-    `nonref` lets FFmpeg skip frames that no other frame needs: a third less work, the others are
-    bit-identical. One decoder thread costs the least CPU time in all.
-    """
-    os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = f"avdiscard;{discard}"  # read on opening
-    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+def grab_frames(path, discard="default"):
+    """Yield (capture, time, seconds per frame, seconds its header promises) for every frame."""
+    os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"  # damaged videos fill the screen
+    os.environ["OPENCV_FFMPEG_READ_ATTEMPTS"] = "1000000000"  # much sound between two frames
+    os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = f"avdiscard;{discard}"
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])  # 1: least CPU
     fps, count = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
-    if not 1 <= fps <= 240:  # headers say 0, -1, 90000: believe none of it
-        return capture, 1 / 25, 0.0
-    return capture, 1 / fps, max(count, 0) / fps
-
-
-def frame_times(capture, step):
-    """Grab frame after frame, the cheapest way through a video; yield the time of each, in s."""
-    now, failures = -step, 0
+    step, promised = (1 / fps, count / fps) if 1 <= fps <= 240 else (1 / 25, 0.0)  # 0, -1, 90000..
+    time, failures = -step, 0
     while failures < 1000:  # one False is a bad packet, not the end
+        failures += 1
         if capture.grab():
-            stamp, failures = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000, 0
-            now = stamp if now < stamp < float("inf") else now + step  # never back, never stuck
-            yield now
-        else:
-            failures += 1
-
-
-def frames_at(path, times):
-    """Return the frames shown at `times` (ascending, seconds), RGB; fewer if the video ends."""
-    capture, step, _ = open_video(path, "default")
-    frames = []
-    for now in frame_times(capture, step):
-        while len(frames) < len(times) and now + step > times[len(frames)]:
-            frames.append(capture.retrieve()[1][:, :, ::-1])  # (H, W, 3)
-        if len(frames) == len(times):
-            break
-    return frames
+            failures, stamp = 0, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+            time = stamp if time < stamp < float("inf") else time + step  # always forward
+            yield capture, time, step, promised
 
 
 def fit(image, preprocess):
-    """Bring a frame to the encoder's size as open_clip does, at a third of the cost; BGR to RGB."""
-    size, mode = preprocess["size"], preprocess["resize_mode"]
-    height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    if mode != "squash":  # crop (shortest) or pad (longest) to the shape of the target
-        h, w = image.shape[:2]
-        scale = (max if mode == "longest" else min)(h / height, w / width)
-        dy, dx = round(height * scale) - h, round(width * scale) - w
-        image = image[max(-dy, 0) // 2 :, max(-dx, 0) // 2 :][: h + dy, : w + dx]
-        if max(dy, dx) > 0:
-            top, left, color = max(dy, 0) // 2, max(dx, 0) // 2, [preprocess["fill_color"]] * 3
-            bottom, right = max(dy, 0) - top, max(dx, 0) - left
-            image = cv2.copyMakeBorder(image, top, bottom, left, right, 0, value=color)
-    is_smaller = height * width < image.shape[0] * image.shape[1]
-    shrink_or_grow = cv2.INTER_AREA if is_smaller else cv2.INTER_CUBIC
-    return cv2.resize(image, (width, height), interpolation=shrink_or_grow)[:, :, ::-1]
-
-
-def why_unreadable(path):
-    """Say why `path` cannot be read at all; None if it can."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        return "not a file"
-    try:
-        with open(path, "rb") as file:
-            return None if file.read(1) else "empty file"
-    except OSError as error:
-        return error.strerror
+    """Crop or pad, and resize, as open_clip does, at a third of the cost; BGR to RGB."""
+    size, mode = np.broadcast_to(preprocess["size"], 2), preprocess["resize_mode"]
+    if mode != "squash":  # first give the image the shape of the target
+        scale = (max if mode == "longest" else min)(image.shape[:2] / size)
+        shape = (size * scale).round().astype(int).tolist()
+        image = torch.from_numpy(image).movedim(2, 0)
+        image = center_crop_or_pad(image, shape, preprocess["fill_color"]).movedim(0, 2).numpy()
+    is_smaller = size.prod() < image.shape[0] * image.shape[1]
+    interpolation = cv2.INTER_AREA if is_smaller else cv2.INTER_CUBIC
+    return cv2.resize(image, size[::-1].tolist(), interpolation=interpolation)[:, :, ::-1]
 
 
 def decode(path, segment_seconds, frames_per_segment, preprocess):
-    """Yield (segment, frame) for the first frame of each slot; at last (None, (seconds, note)).
+    """Yield (segment, frame), and at the end (None, (seconds decoded, note)).
 
-    A slot is segment_seconds / frames_per_segment long. 0 seconds: unusable, and the note says why.
+    The first frame of every segment_seconds / frames_per_segment is taken. To grab all frames and
+    convert the pixels of a few is several times faster than to seek, and exact.
     """
-    if reason := why_unreadable(path):
-        yield None, (0.0, reason)
-        return
     found, end = set(), 0.0
-    for discard in ("nonref", "default"):
-        capture, step, promised = open_video(path, discard)
-        before, last_slot = set(found), -1
-        for now in frame_times(capture, step):
-            end = max(end, now + step)
-            slot = int(now * frames_per_segment / segment_seconds)
-            segment = slot // frames_per_segment
-            if slot > last_slot and segment not in before:
+    is_readable = (os.path.isfile(path) and os.access(path, os.R_OK)
+                   and path.encode(errors="replace") == os.fsencode(path))  # else cv2 crashes
+    # nonref: FFmpeg skips frames that no other frame needs, a third of the work. Should a segment
+    # lose all its frames by that, the video is read again for it.
+    for discard in ("nonref", "default") if is_readable else ():
+        note, before, last = "", set(found), -1
+        for capture, time, step, promised in grab_frames(path, discard):
+            slot = int(time * frames_per_segment / segment_seconds)
+            segment, end = slot // frames_per_segment, max(end, time + step)
+            if slot > last and segment not in before:
                 is_good, image = capture.retrieve()
                 if is_good:
-                    last_slot = slot
+                    last = slot
                     found.add(segment)
                     yield segment, fit(image, preprocess)
-        is_short = end < 0.9 * promised - 1
-        if found and len(found) == max(found) + 1 and not is_short:
-            break  # else read again without the option: a segment may have lost all its frames
-    if found:
-        note = f"decoded {end:.1f} s of the {promised:.1f} s in its header" if is_short else ""
-        yield None, (end, note)
-    else:
-        yield None, (0.0, "no video that OpenCV can read")
-
-
-def decode_all(folder, videos, *settings):
-    """Yield (video, segment, frame) for all videos, each followed by (video, None, its end)."""
-    for video in videos:
-        try:
-            for segment, item in decode(os.path.join(folder, video), *settings):
-                yield video, segment, item
-        except cv2.error as error:
-            yield video, None, (0.0, f"OpenCV: {error.err}")
+        if found and end < 0.9 * promised - 1:
+            note = f"decoded {end:.1f} s of the {promised:.1f} s in its header"
+        elif found and len(found) == max(found) + 1:
+            break
+    if not found:
+        note = ("not a readable file with a UTF-8 name" if not is_readable else
+                "no video that OpenCV can read" if os.path.getsize(path) else "empty file")
+    yield None, (end, note)
 
 
 def prefetch(generator, size):
-    """Run `generator` in a thread, up to `size` items ahead: cv2 decodes while torch encodes."""
-    items = queue.Queue(size)
-
-    def work():
-        try:
-            for item in generator:
-                items.put(item)
-            items.put(None)
-        except BaseException as error:  # raised again below, where it can be seen
-            items.put(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    while (item := items.get()) is not None:
-        if isinstance(item, BaseException):
-            raise item
-        yield item
+    """Run a generator in a thread, `size` items ahead: cv2 decodes while torch encodes."""
+    pool = ThreadPoolExecutor(1)
+    ahead = [pool.submit(next, generator, None) for _ in range(size)]
+    try:
+        while (item := ahead.pop(0).result()) is not None:
+            ahead.append(pool.submit(next, generator, None))
+            yield item
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def embed(model, frames, preprocess):
-    """Encode frames, uint8 (B, H, W, 3), into unit-length embeddings, (B, D)."""
+@torch.inference_mode()
+def embed(frames, model, preprocess, batch_size):
+    """Encode n frames, uint8 (n, H, W, 3), into unit-length embeddings (n, D).
+
+    A batch always has the same size, so that an embedding is the same to the last bit wherever its
+    frame stands: a resumed run equals an uninterrupted one.
+    """
+    batch = np.zeros((batch_size, *frames[0].shape), np.uint8)
+    batch[: len(frames)] = frames
     device = model.logit_scale.device
     mean, std = (torch.tensor(preprocess[key], device=device) for key in ("mean", "std"))
-    images = torch.from_numpy(frames).to(device) / 255  # (B, H, W, 3)
-    images = ((images - mean) / std).permute(0, 3, 1, 2)  # (B, 3, H, W)
-    is_cuda = device.type == "cuda"
-    with torch.inference_mode(), torch.autocast(device.type, torch.float16, enabled=is_cuda):
-        return F.normalize(model.encode_image(images).float(), dim=1).cpu()
+    images = (torch.from_numpy(batch).to(device) / 255 - mean) / std  # (B, H, W, 3)
+    with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
+        embeddings = model.encode_image(images.permute(0, 3, 1, 2)).float()  # (B, D)
+    return F.normalize(embeddings, dim=1).cpu()[: len(frames)]
 
 
-def embed_all(stream, model, preprocess, batch_size):
-    """Replace the frames in a stream of (video, segment, frame) by their embeddings, (D,).
+def extract(folder, videos, model, segment_seconds, frames_per_segment, batch_size):
+    """Yield the part of each video: the arrays of out.npz, for this video alone.
 
-    Batches cross the borders of segments and videos. All have the same size, the last one too:
-    so an embedding is the same to the bit wherever its frame stands, and resuming changes nothing.
+    Batches cross the borders of segments and videos; a part comes when its last frame is encoded.
     """
-    waiting, batch, count = [], None, 0
-    for entry in itertools.chain(stream, [None]):
-        if entry is not None:
-            waiting.append(entry)
-            if entry[1] is not None:
-                batch = np.zeros((batch_size, *entry[2].shape), np.uint8) if batch is None else batch
-                batch[count] = entry[2]
-                count += 1
-        if count in (0, batch_size) or entry is None:
-            embeddings = iter(embed(model, batch, preprocess) if count else ())
-            for video, segment, item in waiting:
-                yield video, segment, item if segment is None else next(embeddings)
-            waiting, count = [], 0
-
-
-def extract(stream, segment_seconds):
-    """Gather the embeddings of frames into segments: yield (video, embeddings, starts, note)."""
-    sums = {}
-    for video, segment, item in stream:
-        if segment is not None:
-            sums[segment] = sums.get(segment, 0) + item
+    preprocess = open_clip.get_model_preprocess_cfg(model)
+    settings = segment_seconds, frames_per_segment, preprocess
+    stream = ((video, *item) for video in videos
+              for item in decode(os.path.join(folder, video), *settings))
+    entries, n_frames, sums = [], 0, {}  # sums: segment -> sum of the embeddings of its frames
+    for entry in prefetch(stream, 2 * batch_size):
+        entries.append(entry)
+        n_frames += entry[1] is not None
+        if n_frames not in (0, batch_size) and entry[:2] != (videos[-1], None):
             continue
-        (end, note), segments = item, sorted(sums)
-        # Paper: silent. Here: a last piece of less than half a segment is dropped.
-        if len(segments) > 1 and end - segments[-1] * segment_seconds < segment_seconds / 2 - 1e-3:
-            segments.pop()
-        # Paper: one call of a video encoder. Here: the mean over frames, made unit-length again.
-        embeddings = [F.normalize(sums[segment], dim=0).half().numpy() for segment in segments]
-        starts = np.array(segments, np.float32) * segment_seconds
-        if not all(np.isfinite(e).all() and e.any() for e in embeddings):
-            embeddings, note = [], "the encoder gave an embedding that is zero or not finite"
-        yield video, embeddings, starts, note
-        sums = {}
+        frames = [item for _, segment, item in entries if segment is not None]
+        embedded = iter(embed(frames, model, preprocess, batch_size) if frames else ())
+        for video, segment, item in entries:
+            if segment is not None:
+                sums[segment] = sums.get(segment, 0) + next(embedded)
+                continue
+            (end, note), segments = item, sorted(sums)
+            # Paper: silent. Here: a tail of half a segment or more is a segment, a shorter is none.
+            if segments[1:] and end - segments[-1] * segment_seconds < segment_seconds / 2 - 1e-3:
+                segments.pop()
+            # Paper: one call of a video encoder. Here: the mean over frames, of unit length again.
+            embeddings = [F.normalize(sums[segment], dim=0).half().numpy() for segment in segments]
+            if not all(np.isfinite(row).all() and row.any() for row in embeddings):
+                embeddings, segments, note = [], [], "the encoder gave zero or non-finite numbers"
+            yield {"embeddings": embeddings, "lengths": [len(segments)], "videos": [video],
+                   "starts": np.array(segments, np.float32) * np.float32(segment_seconds),
+                   "labels": [os.path.basename(os.path.dirname(video))], "notes": [note]}
+            sums = {}
+        entries, n_frames = [], 0
 
 
-def save(folder, path, **arrays):
-    """Write an npz in one move: a reader sees all of it or nothing. `folder` is for half files."""
-    half = os.path.join(folder, f"{uuid.uuid4().hex}.half")
+def save(path, folder, **arrays):
+    """Write an npz in `folder` and move it to `path`: readers see all of it or nothing."""
+    half = f"{folder}/{socket.gethostname()}.{os.getpid()}.half"
     try:
         os.makedirs(folder, exist_ok=True)
         with open(half, "wb") as file:
             np.savez(file, **arrays)
-            os.fsync(file.fileno())
         os.replace(half, path)
     except OSError as error:
-        raise SystemExit(f"{path}: {error.strerror}; mend it and run the same command again, it "
-                         "goes on where it stopped") from None  # fmt: skip
-    finally:
-        with contextlib.suppress(OSError):
+        if os.path.exists(half):
             os.remove(half)
+        raise SystemExit(f"{path}: {error.strerror}; the same command goes on from here") from None
 
 
-def load_done(out, digests):
-    """Read what other runs and processes have done: {digest: (embeddings, starts, note)}."""
-    done = {}
-    for digest in digests:
-        with contextlib.suppress(FileNotFoundError), np.load(f"{out}.parts/{digest}.npz") as part:
-            done[digest] = part["embeddings"], part["starts"], str(part["note"])
-    if os.path.exists(out):
-        if not zipfile.is_zipfile(out) or "digests" not in (old := np.load(out)).files:
-            raise SystemExit(f"{out}: exists, but extract.py did not write it: use another name")
-        ends = np.cumsum(old["lengths"])[:-1]
-        embeddings, starts = np.split(old["embeddings"], ends), np.split(old["starts"], ends)
-        done |= {d: (e, s, "") for d, e, s in zip(old["digests"], embeddings, starts, strict=True)}
-    return done
-
-
-def assemble(out, digests, meta):
-    """Write the npz if all videos are done, and say how it went."""
-    done = load_done(out, digests.values())
-    if missing := len(digests) - sum(digest in done for digest in digests.values()):
-        return print(f"{missing} of {len(digests)} videos are with other processes: "
-                     f"the last one writes {out}; if none does, run the command again")  # fmt: skip
-    good = {video: done[d] for video, d in digests.items() if len(done[d][0])}
-    failed = {video: done[d][2] for video, d in digests.items() if video not in good}
-    if good:
-        save(
-            f"{out}.parts", out,
-            embeddings=np.concatenate([embeddings for embeddings, _, _ in good.values()]),
-            lengths=np.array([len(embeddings) for embeddings, _, _ in good.values()]),
-            starts=np.concatenate([starts for _, starts, _ in good.values()]),
-            videos=np.array(list(good)),
-            labels=np.array([os.path.basename(os.path.dirname(video)) for video in good]),
-            meta=json.dumps(meta),
-            digests=np.array([digests[video] for video in good]),
-        )  # fmt: skip
-    shutil.rmtree(f"{out}.parts", ignore_errors=True)
-    for video, (_, _, note) in good.items():
-        if note:
-            print(f"warning: {video}: {note}")
-    n_segments = sum(len(embeddings) for embeddings, _, _ in good.values())
-    print(f"{len(good)} of {len(digests)} videos, {n_segments:,} segments; {len(failed)} failed"
-          + ":" * bool(failed))  # fmt: skip
-    for video, reason in failed.items():
-        print(f"  {video}: {reason}")
-    if not good:
-        sys.exit(1)
+def load(paths):
+    """Read the parts in these npz files, of those that can be read: {digest: part}."""
+    parts = {}
+    for path in paths:
+        with suppress(FileNotFoundError, KeyError, ValueError, EOFError, zipfile.BadZipFile), \
+             np.load(path) as file:
+            arrays = {key: file[key] for key in file.files if key != "meta"}
+            ends = np.cumsum(arrays["lengths"])
+            for i, digest in enumerate(arrays["digests"].tolist()):
+                rows = slice(ends[i] - arrays["lengths"][i], ends[i])
+                parts[digest] = {key: array[rows if key in ("embeddings", "starts") else [i]]
+                                 for key, array in arrays.items()}
+    return parts
 
 
 def main(args):
     """Extract this process's share of the videos; the last process to finish writes the npz."""
-    if args.frames < 1 or not 0 < args.segment_seconds < float("inf"):
-        raise SystemExit("--frames must be at least 1 and --segment-seconds more than 0")
+    if args.frames < 1 or not 0 < args.segment_seconds < float("inf") or os.path.isdir(args.out):
+        raise SystemExit("expected --frames of 1 or more, --segment-seconds above 0, a file as out")
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names hold anything
     videos = find_videos(args.videos)
     if not videos:
-        raise SystemExit(f"{args.videos}: no videos (files that end in {' '.join(VIDEO_ENDINGS)})")
+        raise SystemExit(f"{args.videos}: no videos there, that is, no {' '.join(VIDEO_ENDINGS)}")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     batch_size = args.batch_size or (16 if device.type == "cpu" else 256)
     model, _ = load_encoder(args.model, args.pretrained, device)
-    preprocess = open_clip.get_model_preprocess_cfg(model)
-    is_folder = os.path.isdir(args.model)
-    is_file = os.path.isfile(args.pretrained)
-    meta = {
-        "format": 1,
-        "model": os.path.abspath(args.model) if is_folder else args.model,
-        "pretrained": os.path.abspath(args.pretrained) if is_file else args.pretrained,
-        "segment_seconds": args.segment_seconds,
-        "frames_per_segment": args.frames,
-    }
-    weights = hashlib.sha256()
+    source = args.model, "" if os.path.isdir(args.model) else args.pretrained
+    source = [os.path.abspath(name) if os.path.exists(name) else name for name in source]
+    meta = {"format": 1, "model": source[0], "pretrained": source[1],
+            "segment_seconds": args.segment_seconds, "frames_per_segment": args.frames}
+
+    # The digest of a video tells when the file, the settings or the encoder have changed.
+    settings = hashlib.sha256(json.dumps([meta, open_clip.get_model_preprocess_cfg(model)]).encode())
     for tensor in model.visual.state_dict().values():
-        weights.update(tensor.cpu().numpy().tobytes())
-    digests = {}
+        settings.update(tensor.cpu().numpy().tobytes())
+    digests = []
     for video in videos:
-        try:
-            stat = os.stat(os.path.join(args.videos, video))
-            state = stat.st_size, stat.st_mtime_ns
-        except OSError:
-            state = None
-        source = json.dumps([video, state, args.segment_seconds, args.frames, preprocess])
-        digests[video] = hashlib.sha256((source + weights.hexdigest()).encode()).hexdigest()[:24]
-    mine, done = videos[rank::world], load_done(args.out, digests.values())
-    todo = [v for v in mine if digests[v] not in done or not len(done[digests[v]][0])]
-    stream = decode_all(args.videos, todo, args.segment_seconds, args.frames, preprocess)
-    stream = embed_all(prefetch(stream, 2 * batch_size), model, preprocess, batch_size)
-    n_segments, began = 0, time.time()
+        path = os.path.join(args.videos, video)
+        state = os.path.isfile(path) and [os.path.getsize(path), os.path.getmtime(path)]
+        digest = hashlib.sha256(json.dumps([video, state, settings.hexdigest()]).encode())
+        digests.append(digest.hexdigest()[:24])
+    folder = f"{args.out}.parts"
+    paths = [f"{folder}/{digest}.npz" for digest in digests] + [args.out]
+    parts = load(paths)
+    mine = dict(zip(videos[rank::world], digests[rank::world], strict=True))
+    todo = [v for v, digest in mine.items() if digest not in parts or not parts[digest]["lengths"]]
+
     with tqdm(total=len(mine), initial=len(mine) - len(todo), unit="video") as bar:
-        for video, embeddings, starts, note in extract(stream, args.segment_seconds):
-            path = f"{args.out}.parts/{digests[video]}.npz"
-            save(f"{args.out}.parts", path, embeddings=embeddings, starts=starts, note=note)
-            n_segments += len(embeddings)
-            bar.set_postfix_str(f"{n_segments / (time.time() - began):.1f} segments/s")
+        settings, n_segments = (model, args.segment_seconds, args.frames, batch_size), 0
+        for part in extract(args.videos, todo, *settings):
+            digest = mine[part["videos"][0]]
+            save(f"{folder}/{digest}.npz", folder, **part, digests=[digest])
+            n_segments += part["lengths"][0]
+            bar.set_postfix_str(f"{n_segments / bar.format_dict['elapsed']:.1f} segments/s")
             bar.update()
-    assemble(args.out, digests, meta)
+
+    parts = load(paths)
+    if missing := sum(digest not in parts for digest in digests):
+        return print(f"{missing} of {len(videos)} videos are still with other processes; the last "
+                     f"one writes {args.out} (if all have ended, give the command again)")
+    parts = [parts[digest] for digest in digests]
+    good, failed = [p for p in parts if p["lengths"]], [p for p in parts if not p["lengths"]]
+    if good:
+        save(args.out, folder, meta=json.dumps(meta),
+             **{key: np.concatenate([part[key] for part in good]) for key in good[0]})
+    shutil.rmtree(folder, ignore_errors=True)
+    for part in good:
+        if note := part["notes"][0]:
+            print(f"warning: {part['videos'][0]}: {note}")
+    n_segments = sum(len(part["starts"]) for part in good)
+    print(f"{len(good)} of {len(videos)} videos, {n_segments:,} segments; {len(failed)} failed"
+          + ":" * bool(failed), *(f"  {p['videos'][0]}: {p['notes'][0]}" for p in failed), sep="\n")
+    if not good:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
     try:
         main(get_args())
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        sys.exit("\nstopped; the same command goes on from here")
