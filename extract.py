@@ -146,12 +146,6 @@ def decode(path, segment_seconds, frames_per_segment, preprocess):
     yield None, (end, note)
 
 
-def frames_at(path, times):
-    """Return RGB frames (180, 320, 3) of a video at `times`, to the second, those that it has."""
-    whole = {"size": (180, 320), "resize_mode": "longest", "fill_color": 0}
-    return [frame for second, frame in decode(path, 1, 1, whole) if second in map(int, times)]
-
-
 def prefetch(generator, size):
     """Run a generator in a thread, `size` items ahead: cv2 decodes while torch encodes."""
     pool = ThreadPoolExecutor(1)
