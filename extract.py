@@ -129,7 +129,7 @@ def decode(path, segment_seconds, frames_per_segment, preprocess):
                 continue
             stamp = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
             time = stamp if time < stamp < float("inf") else time + step  # always forward
-            slot = int(time * frames_per_segment / segment_seconds)
+            slot = int(time * frames_per_segment / segment_seconds + 1e-6)
             segment, end = slot // frames_per_segment, max(end, time + step)
             image = capture.retrieve()[1] if slot > last and segment not in before else None
             if image is not None:

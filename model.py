@@ -31,29 +31,23 @@ import torch.nn.functional as F
 
 
 class Data(NamedTuple):
-    """One npz file in memory: the embeddings of all videos, one after the other, unpadded."""
+    """One npz in memory: the segments of V videos, one video after the other, without padding."""
 
     path: str
     embeddings: torch.Tensor  # (S, D) float16, unit length
-    lengths: torch.Tensor  # (V,) int64, segments of each video
-    first: torch.Tensor  # (V,) int64, row of the first segment of each video
-    starts: torch.Tensor  # (S,) float32, seconds
-    videos: list  # V paths
-    labels: list  # V names, '' if there is none
+    lengths: torch.Tensor  # (V,) segments of each video
+    first: torch.Tensor  # (V,) row of each video's first segment
+    starts: torch.Tensor  # (S,) seconds
+    videos: list
+    labels: list  # '' where there is none
     meta: dict  # encoder and settings
 
 
 def load_data(path):
-    """Read and check an npz of segment embeddings (its keys: README, "Other encoders").
+    """Read and check an npz of segment embeddings, from extract.py or anybody else -> Data.
 
-    Returns Data. Raises SystemExit with one line that names the file, the key, what was found and
-    what was expected.
+    Raises SystemExit with one line that names the file, the key, what was found and expected.
     """
-
-    def check(condition, key, found, expected):
-        if not condition:
-            raise SystemExit(f"{path}: key '{key}': found {found}, expected {expected}")
-
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
@@ -61,45 +55,49 @@ def load_data(path):
         raise SystemExit(f"{path}: no such file: make it with extract.py") from None
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise SystemExit(f"{path}: not an npz of plain arrays ({error})") from None
+
+    def check(is_right, key, found, expected):
+        if not is_right:
+            raise SystemExit(f"{path}: key '{key}': found {found}, expected {expected}")
+
+    def check_shape(key, kinds, shape, meaning):
+        x = arrays[key]
+        is_right = x.dtype.kind in kinds and len(x.shape) == len(shape)
+        is_right = is_right and all(n in (None, m) for m, n in zip(x.shape, shape, strict=True))
+        check(is_right, key, f"{x.dtype} {x.shape}", meaning)
+
     for key in ("embeddings", "lengths", "videos"):
         check(key in arrays, key, f"only {sorted(arrays)}", "this key")
-
-    embeddings, lengths, videos = arrays["embeddings"], arrays["lengths"], arrays["videos"]
-    is_float = embeddings.dtype.kind == "f" and embeddings.ndim == 2
-    check(is_float, "embeddings", f"{embeddings.dtype} {embeddings.shape}", "float (S, D)")
-    S, V = len(embeddings), len(lengths)
-    is_whole = lengths.dtype.kind in "iu" and lengths.ndim == 1
-    check(is_whole, "lengths", f"{lengths.dtype} {lengths.shape}", "whole numbers (V,)")
-    check(V > 0, "lengths", "no video", "at least one")
-    check(lengths.min() > 0, "lengths", lengths.min(), "at least one segment in each video")
+    check_shape("embeddings", "f", (None, None), "float (S, D)")
+    check_shape("lengths", "iu", (None,), "whole numbers (V,)")
+    S, V, lengths = len(arrays["embeddings"]), len(arrays["lengths"]), arrays["lengths"]
+    check(V > 0 and lengths.min() > 0, "lengths", lengths[:9], "videos of at least one segment")
     check(lengths.sum() == S, "lengths", f"sum {lengths.sum()}", f"the {S} rows of 'embeddings'")
-    check(videos.shape == (V,), "videos", videos.shape, f"({V},) as 'lengths'")
-    check(len(set(videos.tolist())) == V, "videos", "a name twice", "unique names")
-    for begin in range(0, S, 100_000):  # in pieces, so that a large file is not copied as float32
-        rows = torch.from_numpy(embeddings[begin : begin + 100_000]).float()
-        norm = rows.norm(dim=1)  # NaN or infinite when a value is
-        bad = (~norm.isfinite() | (norm == 0)).nonzero()
-        found = f"row {begin + bad[0].item()} zero or not finite" if len(bad) else ""
-        check(not len(bad), "embeddings", found, "finite rows of unit length")
-        found = f"length {norm.min():.3g} to {norm.max():.3g}"
-        is_unit = (norm - 1).abs().max() < 0.01
-        check(is_unit, "embeddings", found, "unit length: divide each row by its norm")
+    arrays = {"labels": np.full(V, ""), "starts": None, "meta": "{}"} | arrays
+    check_shape("videos", "U", (V,), f"text ({V},)")
+    check_shape("labels", "U", (V,), f"text ({V},)")
+    check(len(set(arrays["videos"])) == V, "videos", "a name twice", "each name once")
+    for begin in range(0, S, 100_000):  # in pieces: a float32 copy of the whole may not fit
+        rows = arrays["embeddings"][begin : begin + 100_000].astype(np.float32)
+        norm = np.linalg.norm(rows, axis=1)
+        bad = np.flatnonzero(~(np.abs(norm - 1) < 0.01))  # also where it is not a number
+        found = f"length {norm[bad[0]]:.3g} in row {begin + bad[0]}" if len(bad) else ""
+        check(not len(bad), "embeddings", found, "finite rows of length 1: divide by the norm")
+    try:
+        meta = json.loads(str(arrays["meta"]))
+    except json.JSONDecodeError:
+        check(False, "meta", repr(str(arrays["meta"])[:40]), "JSON")
 
     lengths = torch.from_numpy(lengths.astype(np.int64))
     first = lengths.cumsum(0) - lengths
-    labels = arrays.get("labels", np.full(V, ""))
-    check(labels.shape == (V,), "labels", labels.shape, f"({V},) as 'lengths'")
-    try:
-        meta = json.loads(str(arrays.get("meta", "{}")))
-    except json.JSONDecodeError:
-        check(False, "meta", repr(str(arrays["meta"]))[:40], "JSON")
-    index = torch.arange(S) - first.repeat_interleave(lengths)  # (S,) place in its own video
-    starts = index * meta.get("segment_seconds", 5.0)
-    if "starts" in arrays:
-        starts = torch.from_numpy(arrays["starts"].astype(np.float32))
-        check(starts.shape == (S,), "starts", tuple(starts.shape), f"({S},) as 'embeddings'")
-    embeddings = torch.from_numpy(embeddings.astype(np.float16))
-    return Data(path, embeddings, lengths, first, starts, videos.tolist(), labels.tolist(), meta)
+    if arrays["starts"] is None:
+        place = torch.arange(S) - first.repeat_interleave(lengths)  # (S,) in its own video
+        arrays["starts"] = (place * meta.get("segment_seconds", 5)).float().numpy()
+    check_shape("starts", "f", (S,), f"float ({S},)")
+    embeddings = torch.from_numpy(arrays["embeddings"].astype(np.float16, copy=False))
+    starts = torch.from_numpy(arrays["starts"].astype(np.float32))
+    videos, labels = arrays["videos"].tolist(), arrays["labels"].tolist()
+    return Data(path, embeddings, lengths, first, starts, videos, labels, meta)
 
 
 def pad(embeddings, first, lengths):
@@ -116,7 +114,7 @@ def pad(embeddings, first, lengths):
 def random_mask(embeddings, lengths, ratio, generator=None):
     """Mask a random share of each video's segments.
 
-    embeddings (B, N, D), lengths (B,), ratio in (0, 1) -> is_masked (B, N) bool.
+    embeddings (B, N, D), lengths (B,), ratio in (0, 1), on the CPU -> is_masked (B, N) bool.
     """
     noise = torch.rand(embeddings.shape[:2], generator=generator)  # (B, N)
     return mask_lowest(noise, lengths, ratio)

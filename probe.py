@@ -1,20 +1,19 @@
 """Judge the latents of LV-MAE on labelled videos (paper: sections 4.1 to 4.3 and 8, Tables 1 to 3).
 
     python probe.py --head attentive             # reads out.npz and lvmae.pt; labels: folder names
-    python probe.py --compare                    # Table 1 in small: every head, both features
+    python probe.py --compare                    # Table 1 in small: every head on its features
     python probe.py --labels lvu_1.0/director    # LVU, Breakfast and COIN: the files as published
 
-Every head sees features (B, N+1, D) of whole videos without masks: [CLS], then the segments.
+A video's features are [CLS] and its segments, all visible. Raw features, the paper's "Baseline",
+are a blank [CLS] and the embeddings without positions: linear and attentive cannot see their order.
     linear       average of the segments -> linear layer (Table 6)
-    attentive    one transformer layer over all tokens -> linear layer on [CLS] (Table 7)
-    transformer  an LV-MAE encoder of two layers, from scratch on raw features (end to end, Table 1)
-    mamba        a Mamba layer, from scratch on raw features (end to end, Table 1)
-Raw features (the paper's "Baseline") are the embeddings and a blank [CLS], without positions: there
-linear and attentive cannot see the order; transformer (by positions) and mamba (by itself) can.
-
+    attentive    one transformer layer -> linear layer on [CLS] (Table 7)
+    transformer  an LV-MAE encoder of two layers on raw features, not pre-trained (end to end)
+    mamba        a Mamba layer on raw features (end to end)
 A run is a seed: of the head, of the batches and, unless the labels name one, of the split (60/20/20
-of each class). The epoch is chosen on validation, the test videos are scored once. The last line is
-the head that was asked for, mean +- standard deviation over the runs:
+of each class). The epoch is chosen on validation, the test videos are scored once.
+The last line, with mean and standard deviation over the runs:
+
     <measured>
 """
 
@@ -23,7 +22,6 @@ import csv
 import json
 import math
 import re
-import time
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -36,32 +34,32 @@ from model import LVMAE, LVMAEConfig, find_tokens, load_checkpoint, load_data, p
 def get_args(argv=None):
     """Read the command line."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description="Probe frozen features.", formatter_class=formatter)
+    parser = argparse.ArgumentParser(description="Probe the features.", formatter_class=formatter)
     add = parser.add_argument
     add("--data", default="out.npz", help="segment embeddings, from extract.py")
     add("--ckpt", default="lvmae.pt", help="checkpoint, from train.py")
-    add("--labels", default="folders", help="'folders' or 'breakfast' (read off the videos' paths), "
-        "an LVU or Breakfast folder, COIN.json, or a CSV of video,label[,split]")
+    add("--labels", default="folders", help="'folders' or 'breakfast' (both read off the paths), an "
+        "LVU or Breakfast folder, COIN.json, or a CSV of video,label[,split]")
     add("--regression", action="store_true", help="labels are numbers (LVU's counts always are)")
-    add("--head", default="attentive", choices=HEADS, help="what is trained on the features")
-    add("--features", default="lvmae", choices=["lvmae", "raw"], help="for linear and attentive")
-    add("--compare", action="store_true", help="all heads, both features")
+    add("--head", default="attentive", choices=["linear", "attentive", "transformer", "mamba"])
+    add("--features", default="lvmae", choices=["lvmae", "raw"], help="of linear and attentive")
+    add("--compare", action="store_true", help="all heads")
     add("--runs", type=int, default=3, help="runs, with seeds --seed, --seed + 1, ...")
     add("--seed", type=int, default=0, help="seed of the first run")
-    add("--epochs", type=int, help="30 for linear (Table 6), 20 for the others (Table 7)")
-    add("--lr", type=float, help="learning rate; 1e-4 for linear, 1e-3 for the others")
-    add("--gamma", type=float, help="its factor per epoch; 1 for linear, 0.9 for the others")
+    add("--epochs", type=int, help="None: 30 for linear (Table 6), 20 for the others (Table 7)")
+    add("--lr", type=float, help="learning rate; None: 1e-4 for linear, 1e-3 for the others")
+    add("--gamma", type=float, help="its factor per epoch; None: 1 for linear, 0.9 for the others")
     add("--batch-size", type=int, default=16, help="videos")
-    add("--json", help="write the table to this file, too")
+    add("--json", help="also write the table to this file")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser.parse_args(argv)
 
 
-# ---- Labels -------------------------------------------------------------------------------------
+# ---- Labels: rows of (video, label, split), split '' where the source has none ------------------
 
 
 def read_csv(path, split=""):
-    """Read (video, label, split) rows of one CSV: LVU's, Breakfast's or video,label[,split]."""
+    """Read a CSV with columns video, label and perhaps split, or one of LVU or Breakfast."""
     lines = Path(path).read_text("utf-8-sig").splitlines() or [""]
     rows = []
     for row in csv.DictReader(lines, delimiter="," if "," in lines[0] else " "):  # LVU: spaces
@@ -79,7 +77,7 @@ def read_csv(path, split=""):
 
 
 def read_labels(source, data):
-    """Read (video, label, split) rows from --labels; split is '' where the source has none."""
+    """Read the rows of --labels."""
     path = Path(source)
     if source == "folders":
         return [(video, label, "") for video, label in zip(data.videos, data.labels) if label]
@@ -87,10 +85,8 @@ def read_labels(source, data):
         names = [(v, re.search(r"P(\d\d)_([a-z]+)(_ch0)?\.\w+$", v)) for v in data.videos]
         return [(v, m[2], "test" if int(m[1]) >= 47 else "train") for v, m in names if m]
     if path.is_dir():  # LVU and Breakfast: train.csv, test.csv and perhaps val.csv
-        files = [(path / f"{split}.csv", split) for split in ("train", "val", "test")]
-        return [row for file, split in files if file.exists() for row in read_csv(file, split)]
-    if not path.exists():
-        raise SystemExit(f"{source}: no such file or folder, expected labels (see --help)")
+        files = [path / f"{split}.csv" for split in ("train", "val", "test")]
+        return [row for file in files if file.exists() for row in read_csv(file, file.stem)]
     if path.suffix == ".json":  # COIN
         videos = json.loads(path.read_text("utf-8"))["database"].items()
         return [(video, v["class"], v["subset"].removesuffix("ing")) for video, v in videos]
@@ -98,9 +94,9 @@ def read_labels(source, data):
 
 
 def match(rows, videos, source):
-    """Find the video of each row by path or file name, ending or not: -> {index: (label, split)}."""
+    """Find each row's video by path or file name, ending or not: -> {index: (label, split)}."""
 
-    def alike(name):  # one name for P03-cam01-P03_cereals, P03_cam01_P03_cereals, P03/cam01/P03_..
+    def alike(name):  # P03-cam01-P03_cereals is P03_cam01_P03_cereals or P03/cam01/P03_cereals
         return re.sub("[-/]", "_", name)
 
     indices, found, absent = {}, {}, []
@@ -111,47 +107,38 @@ def match(rows, videos, source):
     for video, label, split in rows:
         hits = indices.get(alike(video), [])
         hits = [index for index in hits if videos[index] == video] or hits
-        if len(hits) > 1:
-            raise SystemExit(f"{source}: found {[videos[index] for index in hits]} for {video}, "
-                             "expected one: write its whole path")
-        if hits and found.setdefault(hits[0], (label, split)) != (label, split):
-            raise SystemExit(f"{source}: found two labels for {video}, expected one")
+        if len(hits) > 1 or hits and found.setdefault(hits[0], (label, split)) != (label, split):
+            names = " and ".join(videos[index] for index in hits)
+            raise SystemExit(f"{source}: {video} means {names}: expected one video, labelled once")
         absent += [] if hits else [video]
     bare = [video for index, video in enumerate(videos) if index not in found]
-    for names, what in ((bare, "videos have no label"), (absent, "labels have no video")):
+    for what, names in {"videos have no label": bare, "labels have no video": absent}.items():
         if names:
             print(f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if names[3:] else ''}")
     return found
 
 
 def make_split(found, named, seed, is_class, source):
-    """Split as the labels say: -> {"train": indices, "val": indices, "test": indices}.
-
-    A split that they do not name is cut from train, 20 % of each class.
-    """
+    """{"train", "val", "test": indices}: as named; what has no name is cut from train, 20 % each."""
     generator = torch.Generator().manual_seed(seed)
     split, groups = {"train": [], "val": [], "test": []}, {}
     for index, (label, part) in found.items():
-        groups.setdefault((label if is_class else "", part or "train"), []).append(index)
-    for (_, part), group in groups.items():
-        group = [group[i] for i in torch.randperm(len(group), generator=generator)]
-        share = round(0.2 * len(group)) if part == "train" else 0
-        for absent in {"val", "test"} - named if part == "train" else ():
-            split[absent] += group[:share]
-            group = group[share:]
-        split[part] += group
-    trained = {found[index][0] for index in split["train"]}
-    for part in split:
-        if not split[part]:
-            raise SystemExit(f"{source}: found no {part} video, expected some in each split")
-    labels = [label for label, _ in found.values()]
-    for label in set(labels) if is_class else ():
-        if labels.count(label) == 1:
-            raise SystemExit(f"{source}: found one video of {label!r}, expected two or more")
-        if label not in trained:
-            raise SystemExit(f"{source}: found no {label!r} in train, expected every class there")
-    if is_class and len(trained) < 2:
-        raise SystemExit(f"{source}: found one class, {labels[0]!r}, expected two or more")
+        groups.setdefault(label if is_class else "", {}).setdefault(part or "train", []).append(index)
+    for label, group in groups.items():
+        n = {part: len(group.get(part, [])) for part in split}
+        if is_class and (n["train"] == 0 or sum(n.values()) < 2):
+            raise SystemExit(f"{source}: found {n} videos of class {label!r}, expected two or more "
+                             "and one of them in train: complete it or drop it")
+        order = torch.randperm(n["train"], generator=generator).tolist()
+        group["train"] = [group["train"][i] for i in order]
+        for part in split:
+            if part not in (*named, "train"):
+                group[part] = [group["train"].pop() for _ in range(round(0.2 * n["train"]))]
+            split[part] += group.get(part, [])
+    n = {part: len(indices) for part, indices in split.items()}
+    if 0 in n.values() or (is_class and len(groups) < 2):
+        raise SystemExit(f"{source}: found {len(groups)} classes and {n} videos, expected two or "
+                         "more classes and videos in each split")
     return split
 
 
@@ -161,23 +148,21 @@ def make_split(found, named, seed, is_class, source):
 @torch.no_grad()
 def compute_features(data, model, device):
     """[CLS] and segments of every video, packed: -> (S + V, D) float16. `model` None: raw."""
-    first = data.first + torch.arange(len(data.videos))  # row of each [CLS]
-    features = torch.empty(int(data.lengths.sum()) + len(first), data.embeddings.shape[1]).half()
-    order = data.lengths.argsort(descending=True)  # a batch holds videos of similar length
+    first = data.first + torch.arange(len(data.first))  # (V,) row of each [CLS]
+    features = torch.empty(len(data.embeddings) + len(first), data.embeddings.shape[1]).half()
+    order = data.lengths.argsort(descending=True)  # videos of similar length share a batch
     while len(order):
-        N = int(data.lengths[order[0]])
-        videos, order = order.tensor_split([max(1, 8192 // N)])
-        latents = pad(data.embeddings, data.first[videos], data.lengths[videos])  # (B, N, D)
-        if model:
-            latents = model.encode(latents.to(device), data.lengths[videos]).cpu()  # (B, N+1, D)
-        else:
-            latents = F.pad(latents, (0, 0, 1, 0))  # (B, N+1, D)
-        is_token = find_tokens(N, data.lengths[videos])  # (B, N+1)
-        features[(first[videos, None] + torch.arange(N + 1))[is_token]] = latents[is_token].half()
+        videos, order = order.tensor_split([max(1, 8192 // int(data.lengths[order[0]]))])
+        lengths = data.lengths[videos]
+        x = pad(data.embeddings, data.first[videos], lengths)  # (B, N, D)
+        x = model.encode(x.to(device), lengths).cpu() if model else F.pad(x, (0, 0, 1, 0))
+        rows = first[videos, None] + torch.arange(x.shape[1])  # (B, N+1)
+        is_token = find_tokens(x.shape[1] - 1, lengths)  # (B, N+1)
+        features[rows[is_token]] = x[is_token].half()
     return features
 
 
-# ---- Heads: features (B, N+1, D), zero at padding, and lengths (B,) -> summary (B, D) ------------
+# ---- Heads: features (B, N+1, D), zero at padding, lengths (B,) -> (B, D), to a linear layer -----
 
 
 class Linear(nn.Module):
@@ -207,12 +192,11 @@ class Attentive(nn.Module):
         cls = x[:, :1] + self.cls_token  # (B, 1, D)
         keys = self.norm1(torch.cat([cls, x[:, 1:]], dim=1))  # (B, N+1, D)
         cls = cls + self.attention(keys[:, :1], keys, keys, is_padding, need_weights=False)[0]
-        cls = cls + self.mlp(self.norm2(cls))
-        return self.norm(cls[:, 0])
+        return self.norm(cls + self.mlp(self.norm2(cls)))[:, 0]
 
 
 class Transformer(nn.Module):
-    """The encoder of LV-MAE with two layers, not pre-trained; [CLS] is read."""
+    """The [CLS] of an LV-MAE encoder with two layers, not pre-trained."""
 
     def __init__(self, dim):
         super().__init__()
@@ -237,7 +221,7 @@ def selective_scan(x, delta, rate, b, c):
 
 
 class Mamba(nn.Module):
-    """Short convolution, scan with steps, inputs and outputs set by the tokens, gate; average."""
+    """The average output of a Mamba layer: a scan that the segments themselves steer."""
 
     def __init__(self, dim, state=16):
         super().__init__()
@@ -250,7 +234,7 @@ class Mamba(nn.Module):
         self.skip = nn.Parameter(torch.ones(heads, 1))
 
     def forward(self, x, lengths):
-        x = x[:, 1:]  # (B, N, D); padding is at the end, so nothing causal carries it to a segment
+        x = x[:, 1:]  # (B, N, D); all is causal, so padding, at the end, reaches no segment
         u, gate, b, c, delta = self.proj_in(self.norm1(x)).split(self.sizes, dim=-1)
         u = F.silu(self.conv(u.mT)[..., : x.shape[1]].mT).unflatten(2, (len(self.log_rate), -1))
         y = selective_scan(u, F.softplus(delta), self.log_rate.exp(), b, c) + self.skip * u
@@ -259,111 +243,111 @@ class Mamba(nn.Module):
         return (x * is_segment).sum(1) / is_segment.sum(1)
 
 
-HEADS = {  # with epochs, learning rate and its factor per epoch; Paper: silent on the last two
-    "linear": (Linear, 30, 1e-4, 1.0),  # Table 6
-    "attentive": (Attentive, 20, 1e-3, 0.9),  # Table 7
-    "transformer": (Transformer, 20, 1e-3, 0.9),
-    "mamba": (Mamba, 20, 1e-3, 0.9),
+ROWS = {  # of the table: features, head, epochs, learning rate and its factor per epoch
+    "raw linear": ("raw", Linear, 30, 1e-4, 1.0),  # Table 6
+    "raw attentive": ("raw", Attentive, 20, 1e-3, 0.9),  # Table 7
+    "transformer": ("raw", Transformer, 20, 1e-3, 0.9),  # Paper: silent. Here: as Table 7
+    "mamba": ("raw", Mamba, 20, 1e-3, 0.9),
+    "LV-MAE linear": ("lvmae", Linear, 30, 1e-4, 1.0),
+    "LV-MAE attentive": ("lvmae", Attentive, 20, 1e-3, 0.9),
 }
-
 
 # ---- Training -----------------------------------------------------------------------------------
 
 
-def fit(name, features, data, targets, split, seed, args, device):
-    """Train a head, keep the epoch that is best on validation, score it once on test.
+def fit(row, features, data, targets, split, seed, args, device):
+    """Train a head, keep its best epoch on validation, score it once on test.
 
-    targets (V,): class indices -> accuracy in %, or numbers (regression) -> mean squared error.
+    targets (V,): class indices -> accuracy in %; numbers (regression) -> mean squared error.
     """
     torch.manual_seed(seed)
-    train, val, test = (torch.tensor(split[part]) for part in ("train", "val", "test"))
-    first = data.first + torch.arange(len(data.first))  # row of each [CLS]
+    train, val, test = split.values()
+    first = data.first + torch.arange(len(data.first))  # (V,) row of each [CLS]
     is_class = not targets.is_floating_point()
-    if not is_class:  # numbers are learned at mean 0 and deviation 1, and scored in their own unit
-        deviation, mean = torch.std_mean(targets[train])
-        targets = (targets - mean) / deviation
-    Body, epochs, lr, gamma = HEADS[name]
+    center, scale = (0, 1) if is_class else (targets[train].mean(), targets[train].std())
     D, outputs = features.shape[1], int(targets.max()) + 1 if is_class else 1
-    body, last = head = nn.ModuleList([Body(D), nn.Linear(D, outputs)]).to(device)
+    _, Head, epochs, lr, gamma = ROWS[row]
+    body, last = head = nn.ModuleList([Head(D), nn.Linear(D, outputs)]).to(device)
     optimizer = torch.optim.Adam(head.parameters(), lr=args.lr or lr, betas=(0.9, 0.999))
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, args.gamma or gamma)
+    loss_of = F.cross_entropy if is_class else F.mse_loss
 
     def predict(videos):
         x = pad(features, first[videos], data.lengths[videos] + 1).to(device)  # (B, N+1, D)
-        y = last(body(x, data.lengths[videos]))  # (B, outputs)
-        return y if is_class else y[:, 0]
-
-    loss_of = F.cross_entropy if is_class else F.mse_loss
+        y = last(body(x, data.lengths[videos])).cpu()  # (B, outputs)
+        return y if is_class else center + scale * y[:, 0]
 
     @torch.no_grad()
-    def score(videos):  # the higher, the better; of two equal accuracies the lower loss
+    def score(videos):  # accuracy (0 for numbers) and minus the loss: the higher, the better
         head.eval()
-        y = torch.cat([predict(batch) for batch in videos.split(args.batch_size)]).cpu()
-        accuracy = (y.argmax(1) == targets[videos]).double().mean().item() if is_class else 0
+        y = torch.cat([predict(batch) for batch in torch.tensor(videos).split(args.batch_size)])
+        accuracy = (y.argmax(-1) == targets[videos]).double().mean().item() if is_class else 0
         return 100 * accuracy, -loss_of(y, targets[videos]).item()
 
     best = (-1, 0)
-    batches = math.ceil(len(train) / args.batch_size)
     for _ in range(args.epochs or epochs):
         head.train()
-        for batch in train[torch.randperm(len(train))].tensor_split(batches):  # of nearly one size
-            loss = loss_of(predict(batch), targets[batch].to(device))
+        order = torch.tensor(train)[torch.randperm(len(train))]
+        for videos in order.tensor_split(math.ceil(len(train) / args.batch_size)):  # even batches
+            loss = loss_of(predict(videos), targets[videos])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         schedule.step()
-        if score(val) > best:
-            best, state = score(val), {k: v.clone() for k, v in head.state_dict().items()}
+        result = score(val)
+        if result > best:
+            best, state = result, {k: v.clone() for k, v in head.state_dict().items()}
     head.load_state_dict(state)
-    accuracy, loss = score(test)
-    return accuracy if is_class else -loss * deviation.item() ** 2
+    accuracy, minus_loss = score(test)
+    return accuracy if is_class else -minus_loss
+
+
+def majority(targets, split):
+    """Score of always saying the commonest class of train, or its mean."""
+    train, test = targets[split["train"]], targets[split["test"]]
+    if targets.is_floating_point():
+        return (test - train.mean()).square().mean().item()
+    return 100 * (test == train.mode().values).double().mean().item()
 
 
 def main(args):
-    """Probe and print the table."""
-    device = pick_device(args.device)
-    data = load_data(args.data)
-    rows = read_labels(args.labels, data)
-    found = match(rows, data.videos, args.labels)
-    is_class = not args.regression and not any(isinstance(label, float) for _, label, _ in rows)
+    """Read the labels, compute the features, fill the table row by row."""
+    data, device = load_data(args.data), pick_device(args.device)
+    try:
+        rows = read_labels(args.labels, data)
+        if args.regression:
+            rows = [(video, float(label), split) for video, label, split in rows]
+    except (KeyError, OSError, ValueError, ZeroDivisionError) as error:
+        raise SystemExit(f"{args.labels}: {error!r}, expected labels (see --help)") from None
+    found, named = match(rows, data.videos, args.labels), {split for _, _, split in rows}
+    is_class = not any(isinstance(label, float) for label, _ in found.values())
     seeds = range(args.seed, args.seed + args.runs)
-    named = {split for _, _, split in rows}
     splits = [make_split(found, named, seed, is_class, args.labels) for seed in seeds]
     classes = sorted({label for label, _ in found.values()})  # one map for all splits
     targets = torch.zeros(len(data.videos), dtype=torch.long if is_class else torch.float)
     for index, (label, _) in found.items():
-        targets[index] = classes.index(label) if is_class else float(label)
+        targets[index] = classes.index(label) if is_class else label
 
-    pairs = [("raw", args.head), (args.features, args.head)]
-    if args.compare:
-        pairs = [("raw", head) for head in HEADS] + [("lvmae", "linear"), ("lvmae", "attentive")]
-    if args.head in ("transformer", "mamba") or args.features == "raw" and not args.compare:
-        pairs = pairs[:1]
-    features = {"raw": compute_features(data, None, device)}
-    if ("lvmae", args.head) in pairs or args.compare:
-        model = load_checkpoint(args.ckpt, data, device)
-        features["lvmae"] = compute_features(data, model, device)
-
-    n = {part: len(members) for part, members in splits[0].items()}
-    print(f"{args.data}: train {n['train']}, val {n['val']}, test {n['test']} videos; "
-          + (f"{len(classes)} classes; test accuracy in %" if is_class else "test error (MSE)"))
-    table = {}
-    for kind, head in [("", "majority" if is_class else "train mean"), *pairs]:
-        name = head if head in ("transformer", "mamba") else f"{kind} {head}".strip()
-        name = name.replace("lvmae", "LV-MAE")
-        scores = []
-        for seed, split in zip(seeds, splits):
-            if kind:
-                scores.append(fit(head, features[kind], data, targets, split, seed, args, device))
-            elif is_class:
-                scores.append(100 * (targets[split["test"]] == targets[split["train"]].mode()[0]).float().mean().item())
-            else:
-                scores.append((targets[split["test"]] - targets[split["train"]].mean()).square().mean().item())
-        mean, deviation = sum(scores) / len(scores), torch.tensor(scores).std().item() if args.runs > 1 else 0
-        table[name] = {"mean": mean, "std": deviation, "runs": scores}
-        print(f"{name:20} {mean:7.2f} +- {deviation:5.2f}", flush=True)
+    features, table = {"raw": compute_features(data, None, device)}, {}
+    kinds = {"raw", "lvmae"} if args.compare else {"raw", args.features}
+    wanted = [r for r in ROWS if (args.compare or r.endswith(args.head)) and ROWS[r][0] in kinds]
+    if any(ROWS[row][0] == "lvmae" for row in wanted):
+        features["lvmae"] = compute_features(data, load_checkpoint(args.ckpt, data, device), device)
+    n = {part: len(indices) for part, indices in splits[0].items()}
+    print(f"videos: {n['train']} train, {n['val']} val, {n['test']} test; {args.runs} runs; "
+          + (f"{len(classes)} classes; accuracy in %" if is_class else "mean squared error"))
+    for row in ("majority", *wanted):
+        runs = torch.tensor([
+            majority(targets, split) if row == "majority" else
+            fit(row, features[ROWS[row][0]], data, targets, split, seed, args, device)
+            for seed, split in zip(seeds, splits)
+        ])  # fmt: skip
+        mean, std = runs.mean().item(), runs.std(correction=min(1, args.runs - 1)).item()
+        table[row] = {"mean": mean, "std": std, "runs": runs.tolist()}
+        print(f"{row:16} {mean:7.2f} +- {std:.2f}", flush=True)
     if args.json:
-        Path(args.json).write_text(json.dumps({"rows": table, "n": n, "classes": len(classes)}, indent=1))
+        table = {"rows": table, "n": n, "classes": len(classes) if is_class else 0}
+        Path(args.json).write_text(json.dumps(table, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def search(queries, captions, truth, top_k, device):
     """
     queries = F.normalize(queries.to(device).float(), dim=1)
     # More similar than this ranks higher. The step: rounding must not put a caption above itself.
-    bar = (queries * captions[truth].to(queries)).sum(1, keepdim=True) + 1e-5  # (Q, 1)
+    bar = (queries * captions[truth].to(queries)).sum(1, keepdim=True) + 1e-6  # (Q, 1)
     best = torch.full((len(queries), min(top_k, len(captions))), -2.0, device=device)
     number, rank = torch.zeros_like(best, dtype=torch.long), torch.ones_like(bar[:, 0])
     for c in range(0, len(captions), 4096):

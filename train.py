@@ -85,6 +85,8 @@ def get_args(argv=None):
         args.mask_ratio = {"random": 0.4, "semantic": 0.5}[args.mask]  # the best of Figure 2
     if not 0 < args.mask_ratio < 1:
         parser.error(f"--mask-ratio {args.mask_ratio}: must lie between 0 and 1")
+    if args.decoder_dim % args.decoder_heads:
+        parser.error(f"--decoder-heads {args.decoder_heads}: must divide {args.decoder_dim}")
     return args
 
 
@@ -231,17 +233,13 @@ def evaluate(predict, data, batches, device):
 # ---- Checkpoint (one file of tensors and plain values) ------------------------------------------
 
 
-def digests(files, world):
-    """{file name: checksums of its arrays}, of all processes; the npz's directory holds them."""
-    mine = {}
+def digests(files):
+    """{file name: checksums of its arrays}, which the npz's own directory holds ready."""
+    sums = {}
     for path in files:
         with zipfile.ZipFile(path) as file:
-            mine[os.path.basename(path)] = " ".join(f"{array.CRC:08x}" for array in file.infolist())
-    everybodys = [mine]
-    if dist.is_initialized():
-        everybodys = [None] * world
-        dist.all_gather_object(everybodys, mine)
-    return {name: sums for part in everybodys for name, sums in part.items()}
+            sums[os.path.basename(path)] = " ".join(f"{array.CRC:08x}" for array in file.infolist())
+    return sums
 
 
 def resume(args, origin, model, optimizer):
@@ -257,12 +255,6 @@ def resume(args, origin, model, optimizer):
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     return checkpoint["epoch"]
-
-
-def save(path, **checkpoint):
-    """Write to a temporary name, then move into place: `path` is always whole."""
-    torch.save(checkpoint, path + ".tmp")
-    os.replace(path + ".tmp", path)
 
 
 # ---- The stage ----------------------------------------------------------------------------------
@@ -297,15 +289,11 @@ def main(args):
         data.embeddings.shape[1], args.depth, args.heads, args.decoder_dim, args.decoder_depth,
         args.decoder_heads, args.max_segments, args.input_scale,
     )  # fmt: skip
-    for flag, heads, dim in (
-        ("--heads", config.heads, config.dim),
-        ("--decoder-heads", config.decoder_heads, config.decoder_dim),
-    ):
-        if dim % heads:
-            raise SystemExit(f"{flag} {heads}: must divide the width, {dim}")
+    if config.dim % config.heads:
+        raise SystemExit(f"--heads {config.heads}: must divide {config.dim}, the embedding size")
     model = LVMAE(config).to(device)
     optimizer = make_optimizer(model, args)
-    origin, done = digests(files, world), 0
+    origin, done = digests(args.data), 0
     if args.resume and os.path.exists(args.out):
         done = resume(args, origin, model, optimizer)
     net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
@@ -344,10 +332,12 @@ def main(args):
             record = dict(epoch=epoch, loss=loss, val_loss=val_loss, cosine=cosine, lr=lr)
             with open(log, "a") as file:
                 print(json.dumps(record), file=file)
-            save(
-                args.out, model=model.state_dict(), config=asdict(config), epoch=epoch,
-                optimizer=optimizer.state_dict(), args=vars(args), data=origin, encoder=data.meta,
+            checkpoint = dict(
+                model=model.state_dict(), config=asdict(config), optimizer=optimizer.state_dict(),
+                epoch=epoch, args=vars(args), data=origin, encoder=data.meta,
             )  # fmt: skip
+            torch.save(checkpoint, args.out + ".tmp")  # then one move: --out is always whole
+            os.replace(args.out + ".tmp", args.out)
     say(f"{args.out}: {args.epochs} epochs, validation cosine {cosine:.4f}, best trivial {best:.4f}")
     if world > 1:
         dist.destroy_process_group()

@@ -188,7 +188,7 @@ def test_not_a_number_stops_and_keeps_the_checkpoint(uninterrupted, tmp_path):
     "flags, message",
     [
         (["--data", "missing.npz"], "missing.npz: no such file"),
-        (["--heads", "3"], "--heads 3: must divide the width, 16"),
+        (["--heads", "3"], "--heads 3: must divide 16"),
         (["--resume", "--depth", "2"], "lvmae.pt: made with --depth 1, found 2"),
         (["--resume", "--data", "other.npz"], "lvmae.pt: made from other files"),
         (["--data", "tiny.npz"], "tiny.npz: 1 videos of 2 or more segments: too few"),
