@@ -11,10 +11,8 @@ are a blank [CLS] and the embeddings without positions: linear and attentive can
     transformer  an LV-MAE encoder of two layers on raw features, not pre-trained (end to end)
     mamba        a Mamba layer on raw features (end to end)
 A run is a seed: of the head, of the batches and, unless the labels name one, of the split (60/20/20
-of each class). The epoch is chosen on validation, the test videos are scored once.
-The last line, with mean and standard deviation over the runs:
-
-    <measured>
+of each class). The epoch is chosen on validation, the test videos are scored once. The last line,
+with mean and standard deviation over the runs:  <measured>
 """
 
 import argparse
@@ -55,9 +53,6 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
-# ---- Labels: rows of (video, label, split), split '' where the source has none ------------------
-
-
 def read_csv(path, split=""):
     """Read a CSV with columns video, label and perhaps split, or one of LVU or Breakfast."""
     lines = Path(path).read_text("utf-8-sig").splitlines() or [""]
@@ -77,7 +72,7 @@ def read_csv(path, split=""):
 
 
 def read_labels(source, data):
-    """Read the rows of --labels."""
+    """Read --labels: rows of (video, label, split), split '' where the source has none."""
     path = Path(source)
     if source == "folders":
         return [(video, label, "") for video, label in zip(data.videos, data.labels) if label]
@@ -119,11 +114,15 @@ def match(rows, videos, source):
 
 
 def make_split(found, named, seed, is_class, source):
-    """{"train", "val", "test": indices}: as named; what has no name is cut from train, 20 % each."""
+    """Split as the labels say, and cut 20 % of train's classes for val, for test, if they do not.
+
+    Returns {"train": indices in `found`, "val": .., "test": ..}.
+    """
     generator = torch.Generator().manual_seed(seed)
     split, groups = {"train": [], "val": [], "test": []}, {}
     for index, (label, part) in found.items():
-        groups.setdefault(label if is_class else "", {}).setdefault(part or "train", []).append(index)
+        group = groups.setdefault(label if is_class else "", {})
+        group.setdefault(part or "train", []).append(index)
     for label, group in groups.items():
         n = {part: len(group.get(part, [])) for part in split}
         if is_class and (n["train"] == 0 or sum(n.values()) < 2):
@@ -131,8 +130,8 @@ def make_split(found, named, seed, is_class, source):
                              "and one of them in train: complete it or drop it")
         order = torch.randperm(n["train"], generator=generator).tolist()
         group["train"] = [group["train"][i] for i in order]
-        for part in split:
-            if part not in (*named, "train"):
+        for part in ("val", "test", "train"):
+            if part not in named and part != "train":
                 group[part] = [group["train"].pop() for _ in range(round(0.2 * n["train"]))]
             split[part] += group.get(part, [])
     n = {part: len(indices) for part, indices in split.items()}
@@ -140,9 +139,6 @@ def make_split(found, named, seed, is_class, source):
         raise SystemExit(f"{source}: found {len(groups)} classes and {n} videos, expected two or "
                          "more classes and videos in each split")
     return split
-
-
-# ---- Features -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -162,7 +158,7 @@ def compute_features(data, model, device):
     return features
 
 
-# ---- Heads: features (B, N+1, D), zero at padding, lengths (B,) -> (B, D), to a linear layer -----
+# Heads: features (B, N+1, D), zero at padding, and lengths (B,) -> (B, D), for a last linear layer.
 
 
 class Linear(nn.Module):
@@ -252,9 +248,6 @@ ROWS = {  # of the table: features, head, epochs, learning rate and its factor p
     "LV-MAE attentive": ("lvmae", Attentive, 20, 1e-3, 0.9),
 }
 
-# ---- Training -----------------------------------------------------------------------------------
-
-
 def fit(row, features, data, targets, split, seed, args, device):
     """Train a head, keep its best epoch on validation, score it once on test.
 
@@ -328,11 +321,15 @@ def main(args):
     for index, (label, _) in found.items():
         targets[index] = classes.index(label) if is_class else label
 
-    features, table = {"raw": compute_features(data, None, device)}, {}
-    kinds = {"raw", "lvmae"} if args.compare else {"raw", args.features}
-    wanted = [r for r in ROWS if (args.compare or r.endswith(args.head)) and ROWS[r][0] in kinds]
+    wanted = [row for row in ROWS if args.compare or row.endswith(args.head)]
+    if args.features == "raw":
+        wanted = [row for row in wanted if ROWS[row][0] == "raw"]
+    models = {"raw": None}
     if any(ROWS[row][0] == "lvmae" for row in wanted):
-        features["lvmae"] = compute_features(data, load_checkpoint(args.ckpt, data, device), device)
+        models["lvmae"] = load_checkpoint(args.ckpt, data, device)
+    features = {name: compute_features(data, model, device) for name, model in models.items()}
+
+    table = {}
     n = {part: len(indices) for part, indices in splits[0].items()}
     print(f"videos: {n['train']} train, {n['val']} val, {n['test']} test; {args.runs} runs; "
           + (f"{len(classes)} classes; accuracy in %" if is_class else "mean squared error"))
