@@ -22,9 +22,9 @@ import json
 import os
 import sys
 import textwrap
-import zipfile
 from itertools import zip_longest
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import open_clip
@@ -39,6 +39,7 @@ from extract import decode, load_encoder, save
 TITLES = "time", "", "true caption", "true embedding", "reconstruction"
 COLOURS = "black", "#1a5fb4", "#c01c28"  # of the last three
 TILE = {"size": (160, 240), "resize_mode": "longest", "fill_color": 230}  # how a frame is drawn
+BLANK = np.full((160, 240, 3), 230, np.uint8)  # where the video has no frame
 
 
 def get_args(argv=None):
@@ -80,10 +81,10 @@ def read_captions(path, data):
                     keys.append((row["video"], round(10 * float(row["start"]))))
         else:
             texts = Path(path).read_text("utf-8-sig").split("\n")
-    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        texts = np.array(["", *(" ".join(text.split()) for text in texts)], object)
+    except (AttributeError, OSError, LookupError, TypeError, ValueError, BadZipFile) as error:
         raise SystemExit(f"{path}: found {error!r}, expected a .txt of a caption a line, a .csv of "
                          "video,start,caption or an .npz of captions, embeddings") from None
-    texts = np.array(["", *(" ".join(text.split()) for text in texts)], object)
     captions, first, number = np.unique(texts, return_index=True, return_inverse=True)
     captions, first, number = captions[1:], first[1:] - 1, number[1:] - 1  # without ""
     if embeddings is not None:
@@ -94,7 +95,7 @@ def read_captions(path, data):
     tenths = (data.starts * 10).round().tolist()  # of a second: to these the starts must agree
     names = np.repeat(np.array(data.videos, object), data.lengths)
     segment = {key: s for s, key in enumerate(zip(names, tenths, strict=True))}
-    truth = torch.full((len(segment),), -1)
+    truth = torch.full((len(names),), -1)
     for key, n in zip(keys, number, strict=False):
         truth[segment.get(key, [])] = n
     if not len(captions) or keys and (truth < 0).all():
@@ -106,27 +107,25 @@ def read_captions(path, data):
 @torch.no_grad()
 def embed_captions(path, captions, data, device):
     """Embed captions with the text tower of the model that made `data`, or recall it: (C, D)."""
-    way_out = "give --captions FILE.npz of captions, embeddings"
     name, weights = data.meta.get("model", ""), data.meta.get("pretrained", "")
     files = [file for file in (Path(weights), *sorted(Path(name).glob("*"))) if file.is_file()]
     source = json.dumps([captions, data.meta, [file.stat().st_mtime for file in files]])
     digest, cache = hashlib.sha256(source.encode()).hexdigest(), Path(f"{path}.cache.npz")
     if cache.exists() and np.load(cache)["digest"] == digest:
         return torch.from_numpy(np.load(cache)["embeddings"])
+    embeddings, size = [], data.embeddings.shape[1]
     try:
         clip, tokenizer_name = load_encoder(name, weights, device)
         tokenize = open_clip.get_tokenizer(tokenizer_name)
+        for i in tqdm(range(0, len(captions), 256), "captions", disable=len(captions) < 10_000):
+            text = clip.encode_text(tokenize(captions[i : i + 256]).to(device)).float()  # (256, D)
+            embeddings.append(F.normalize(text, dim=1).half().cpu())
+        if text.shape[1] != size:
+            raise SystemExit(f"found embeddings of size {text.shape[1]}, expected {size}")
     except (SystemExit, ImportError) as error:
-        raise SystemExit(f"{data.path}: text tower of 'meta': {error}; or {way_out}") from None
-    embeddings = []
-    for i in tqdm(range(0, len(captions), 256), "captions", disable=len(captions) < 10_000):
-        text = clip.encode_text(tokenize(captions[i : i + 256]).to(device))  # (256, D)
-        embeddings.append(F.normalize(text.float(), dim=1).half().cpu())
+        raise SystemExit(f"{data.path}: text tower of the model {name!r} in 'meta': {error}; or give"
+                         " --captions FILE.npz of captions, embeddings") from None
     embeddings = torch.cat(embeddings)  # (C, D)
-    found, expected = embeddings.shape[1], data.embeddings.shape[1]
-    if found != expected:
-        raise SystemExit(f"{data.path}: found embeddings of size {expected}, expected {found} as "
-                         f"from its model {name}: {way_out}")
     if os.access(cache.parent, os.W_OK):
         save(cache, cache.parent, digest=digest, embeddings=embeddings.numpy())
     return embeddings
@@ -213,7 +212,8 @@ def draw_figure(name, segments, frames):
         figure.paste(Image.fromarray(frame), (x, y))
         colour, time = (COLOURS[2], time + " masked") if masked else ("black", time)
         draw.rectangle((x, y, x + 239, y + 159), outline=colour, width=6 if masked else 0)
-        draw.text((x + 10, y + 9), time, "white", font, stroke_width=3, stroke_fill=colour)
+        draw.rectangle((x, y, x + 14 + font.getlength(time), y + 23), fill=colour)
+        draw.text((x + 7, y + 3), time, "white", font)
     return np.asarray(figure)
 
 
@@ -254,17 +254,15 @@ def main(args):
         print_table(segments)
         if args.figure:  # of two frames a segment dict keeps the second: from its middle
             frames = dict(decode(os.path.join(args.videos, name), seconds, 2, TILE))
-            blank = np.full((*TILE["size"], 3), 230, np.uint8)
-            frames = [frames.get(round(data.starts[row].item() / seconds), blank) for row in rows]
-            figures.append(draw_figure(name, segments, frames))
+            places = (data.starts[rows] / seconds).round().tolist()
+            figures.append(draw_figure(name, segments, [frames.get(i, BLANK) for i in places]))
     if args.figure:
-        Image.fromarray(np.concatenate(figures)).save(args.figure)
+        # 256 colours: a third of the file size.
+        Image.fromarray(np.concatenate(figures)).quantize().save(args.figure, optimize=True)
 
-    rows, what = is_masked.nonzero()[:, 0], "true caption"
-    if (truth >= 0).any():
-        rows = rows[truth[rows] >= 0]
-    else:
-        what = "caption that the true embedding retrieves"
+    rows, what = (is_masked & (truth >= 0)).nonzero()[:, 0], "true caption"
+    if (truth < 0).all():
+        rows, what = is_masked.nonzero()[:, 0], "caption that the true embedding retrieves"
         truth[rows] = search(rebuilt["true"][rows], embeddings, truth[rows], 1, device)[1][:, 0]
     if not len(rows):
         raise SystemExit(f"{args.data}: found no masked segment to score, expected longer videos")

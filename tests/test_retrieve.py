@@ -324,7 +324,7 @@ def test_figure_shows_frames_and_marks_the_masked(world, tmp_path, capsys):
     with pytest.raises(SystemExit, match="--videos"):
         run(world, capsys, *argv)
     _, text = run(world, capsys, *argv, "--videos", tmp_path)
-    pixels = np.asarray(Image.open(figure)).astype(int)
+    pixels = np.asarray(Image.open(figure).convert("RGB")).astype(int)
     assert pixels.shape[1] == 1000
     height = (len(pixels) - 40) // 2
     is_red = []
