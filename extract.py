@@ -52,7 +52,7 @@ def get_args(argv=None):
     p.add_argument("--frames", type=int, default=8, help="frames per segment, evenly spaced")
     # Machine
     p.add_argument("--batch-size", type=int, default=0, help="frames; 0: 16 on CPU, 256 on GPU")
-    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where")
     return p.parse_args(argv)
 
 
@@ -92,15 +92,16 @@ def load_encoder(model, pretrained, device):
 
 def fit(image, preprocess):
     """Crop or pad, and resize, as open_clip does, at a third of the cost; BGR to RGB."""
-    size, mode = np.broadcast_to(preprocess["size"], 2), preprocess["resize_mode"]
-    if mode != "squash":  # first give the image the shape of the target
-        scale = (max if mode == "longest" else min)(image.shape[:2] / size)
-        shape, fill = (size * scale).round().astype(int).tolist(), preprocess["fill_color"]
-        image = torch.from_numpy(image).movedim(2, 0)
-        image = open_clip.transform.center_crop_or_pad(image, shape, fill).movedim(0, 2).numpy()
-    is_smaller = size.prod() < image.shape[0] * image.shape[1]
-    interpolation = cv2.INTER_AREA if is_smaller else cv2.INTER_CUBIC
-    return cv2.resize(image, size[::-1].tolist(), interpolation=interpolation)[:, :, ::-1]
+    size, shape = np.broadcast_to(preprocess["size"], 2), np.array(image.shape[:2])
+    ratio, mode, fill = shape / size, preprocess["resize_mode"], [preprocess["fill_color"]] * 3
+    crop = np.rint(size * ratio.min()).astype(int) if mode == "shortest" else shape
+    inner = np.rint(shape / ratio.max()).astype(int) if mode == "longest" else size
+    top, left = (shape - crop) // 2
+    image = image[top : top + crop[0], left : left + crop[1]]
+    interpolation = cv2.INTER_AREA if inner.prod() < crop.prod() else cv2.INTER_CUBIC
+    image = cv2.resize(image, inner[::-1].tolist(), interpolation=interpolation)
+    (top, left), (bottom, right) = (size - inner) // 2, (size - inner + 1) // 2
+    return cv2.copyMakeBorder(image, top, bottom, left, right, 0, value=fill)[:, :, ::-1]
 
 
 def decode(path, segment_seconds, frames_per_segment, preprocess):
@@ -182,7 +183,7 @@ def extract(folder, videos, model, segment_seconds, frames_per_segment, batch_si
     stream = ((video, *item) for video in videos for item in decode(
         os.path.join(folder, video), segment_seconds, frames_per_segment, preprocess))
     entries, n_frames, sums = [], 0, {}  # sums: segment -> sum of the embeddings of its frames
-    for entry in prefetch(stream, 2 * batch_size):
+    for entry in prefetch(stream, 64):
         entries.append(entry)
         n_frames += entry[1] is not None
         if n_frames not in (0, batch_size) and entry[:2] != (videos[-1], None):
