@@ -9,7 +9,7 @@ are a blank [CLS] and the embeddings without positions: linear and attentive can
     linear       average of the segments -> linear layer (Table 6)
     attentive    one transformer layer -> linear layer on [CLS] (Table 7)
     transformer  an LV-MAE encoder of two layers on raw features, not pre-trained (end to end)
-    mamba        a Mamba layer on raw features (end to end)
+    mamba        a Mamba layer on raw features, then their average (end to end)
 A run is a seed: of the head, of the batches and, unless the labels name one, of the split (60/20/20
 of each class). The epoch is chosen on validation, the test videos are scored once. The last line,
 with mean and standard deviation over the runs:  <measured>
@@ -20,6 +20,7 @@ import csv
 import json
 import math
 import re
+import statistics
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -31,13 +32,12 @@ from model import LVMAE, LVMAEConfig, find_tokens, load_checkpoint, load_data, p
 
 def get_args(argv=None):
     """Read the command line."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description="Probe the features.", formatter_class=formatter)
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", default="out.npz", help="segment embeddings, from extract.py")
     add("--ckpt", default="lvmae.pt", help="checkpoint, from train.py")
-    add("--labels", default="folders", help="'folders' or 'breakfast' (both read off the paths), an "
-        "LVU or Breakfast folder, COIN.json, or a CSV of video,label[,split]")
+    add("--labels", default="folders", help="'folders' or 'breakfast' (both read off the paths), "
+        "an LVU or Breakfast folder, COIN.json or a CSV of video,label[,split]")
     add("--regression", action="store_true", help="labels are numbers (LVU's counts always are)")
     add("--head", default="attentive", choices=["linear", "attentive", "transformer", "mamba"])
     add("--features", default="lvmae", choices=["lvmae", "raw"], help="of linear and attentive")
@@ -75,7 +75,7 @@ def read_labels(source, data):
     """Read --labels: rows of (video, label, split), split '' where the source has none."""
     path = Path(source)
     if source == "folders":
-        return [(video, label, "") for video, label in zip(data.videos, data.labels) if label]
+        return [(v, label, "") for v, label in zip(data.videos, data.labels, strict=True) if label]
     if source == "breakfast":  # P03_cam01_P03_cereals.avi; persons 47 to 54 are the published test
         names = [(v, re.search(r"P(\d\d)_([a-z]+)(_ch0)?\.\w+$", v)) for v in data.videos]
         return [(v, m[2], "test" if int(m[1]) >= 47 else "train") for v, m in names if m]
@@ -90,17 +90,14 @@ def read_labels(source, data):
 
 def match(rows, videos, source):
     """Find each row's video by path or file name, ending or not: -> {index: (label, split)}."""
-
-    def alike(name):  # P03-cam01-P03_cereals is P03_cam01_P03_cereals or P03/cam01/P03_cereals
-        return re.sub("[-/]", "_", name)
-
     indices, found, absent = {}, {}, []
     for index, video in enumerate(videos):
         path = PurePosixPath(video)
         for name in {video, str(path.with_suffix("")), path.name, path.stem}:
-            indices.setdefault(alike(name), []).append(index)
+            indices.setdefault(re.sub("[-/]", "_", name), []).append(index)
     for video, label, split in rows:
-        hits = indices.get(alike(video), [])
+        # Breakfast: P03-cam01-P03_cereals is P03_cam01_P03_cereals or P03/cam01/P03_cereals on disk
+        hits = indices.get(re.sub("[-/]", "_", video), [])
         hits = [index for index in hits if videos[index] == video] or hits
         if len(hits) > 1 or hits and found.setdefault(hits[0], (label, split)) != (label, split):
             names = " and ".join(videos[index] for index in hits)
@@ -158,47 +155,48 @@ def compute_features(data, model, device):
     return features
 
 
-# Heads: features (B, N+1, D), zero at padding, and lengths (B,) -> (B, D), for a last linear layer.
-
-
 class Linear(nn.Module):
-    """The average of the segments."""
+    """Linear probing: the average of the segments -> linear layer. The other heads build on it."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, outputs):
         super().__init__()
         # Paper: silent. Here: each dimension is normalised first, as in MAE's linear probing.
-        self.norm = nn.BatchNorm1d(dim, affine=False)
+        self.last = nn.Sequential(nn.BatchNorm1d(dim, affine=False), nn.Linear(dim, outputs))
 
-    def forward(self, x, lengths):
-        return self.norm(x[:, 1:].sum(1) / lengths[:, None].to(x.device))
+    def forward(self, x, lengths):  # (B, N+1, D), zero at padding, (B,) -> (B, outputs)
+        return self.last(self.summary(x, lengths))
+
+    def summary(self, x, lengths):  # -> (B, D)
+        is_segment = find_tokens(x.shape[1] - 1, lengths)[:, 1:, None].to(x.device)  # (B, N, 1)
+        return (x[:, 1:] * is_segment).sum(1) / is_segment.sum(1)
 
 
-class Attentive(nn.Module):
-    """A transformer layer. Of its outputs only [CLS] is read, so only [CLS] is computed."""
+class Attentive(Linear):
+    """A transformer layer -> [CLS]. No other output is read, so no other is computed."""
 
-    def __init__(self, dim):
-        super().__init__()
+    def __init__(self, dim, outputs):
+        super().__init__(dim, outputs)
         self.cls_token = nn.Parameter(torch.zeros(dim))  # on top of [CLS], which is blank if raw
-        self.norm1, self.norm2, self.norm = (nn.LayerNorm(dim) for _ in range(3))
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention = nn.MultiheadAttention(dim, math.gcd(dim, 8), batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
-    def forward(self, x, lengths):
+    def summary(self, x, lengths):
         is_padding = ~find_tokens(x.shape[1] - 1, lengths).to(x.device)  # (B, N+1)
         cls = x[:, :1] + self.cls_token  # (B, 1, D)
         keys = self.norm1(torch.cat([cls, x[:, 1:]], dim=1))  # (B, N+1, D)
         cls = cls + self.attention(keys[:, :1], keys, keys, is_padding, need_weights=False)[0]
-        return self.norm(cls + self.mlp(self.norm2(cls)))[:, 0]
+        return (cls + self.mlp(self.norm2(cls)))[:, 0]
 
 
-class Transformer(nn.Module):
-    """The [CLS] of an LV-MAE encoder with two layers, not pre-trained."""
+class Transformer(Linear):
+    """A small LV-MAE encoder, not pre-trained -> [CLS]."""
 
-    def __init__(self, dim):
-        super().__init__()
+    def __init__(self, dim, outputs):
+        super().__init__(dim, outputs)
         self.encoder = LVMAE(LVMAEConfig(dim, 2, math.gcd(dim, 8), 2, 0, 1))  # no decoder layers
 
-    def forward(self, x, lengths):
+    def summary(self, x, lengths):
         return self.encoder.encode(x[:, 1:], lengths)[:, 0]
 
 
@@ -216,30 +214,28 @@ def selective_scan(x, delta, rate, b, c):
     return torch.einsum("btsh,bshp->bthp", matrix, x)
 
 
-class Mamba(nn.Module):
-    """The average output of a Mamba layer: a scan that the segments themselves steer."""
+class Mamba(Linear):
+    """A Mamba layer -> average. All of it is causal: padding, at the end, reaches no segment."""
 
-    def __init__(self, dim, state=16):
-        super().__init__()
+    def __init__(self, dim, outputs, state=16):
+        super().__init__(dim, outputs)
         heads = math.gcd(dim, 8)
         self.sizes = [2 * dim, 2 * dim, state, state, heads]
-        self.norm1, self.norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim)
         self.proj_in, self.proj_out = nn.Linear(dim, sum(self.sizes)), nn.Linear(2 * dim, dim)
         self.conv = nn.Conv1d(2 * dim, 2 * dim, 4, padding=3, groups=2 * dim)
         self.log_rate = nn.Parameter(torch.linspace(-4, 1, heads))  # from long memory to short
         self.skip = nn.Parameter(torch.ones(heads, 1))
 
-    def forward(self, x, lengths):
-        x = x[:, 1:]  # (B, N, D); all is causal, so padding, at the end, reaches no segment
-        u, gate, b, c, delta = self.proj_in(self.norm1(x)).split(self.sizes, dim=-1)
+    def summary(self, x, lengths):
+        u, gate, b, c, delta = self.proj_in(self.norm(x)).split(self.sizes, dim=-1)
         u = F.silu(self.conv(u.mT)[..., : x.shape[1]].mT).unflatten(2, (len(self.log_rate), -1))
         y = selective_scan(u, F.softplus(delta), self.log_rate.exp(), b, c) + self.skip * u
-        x = self.norm(x + self.proj_out(y.flatten(2) * F.silu(gate)))  # (B, N, D)
-        is_segment = find_tokens(x.shape[1], lengths)[:, 1:, None].to(x.device)  # (B, N, 1)
-        return (x * is_segment).sum(1) / is_segment.sum(1)
+        return super().summary(x + self.proj_out(y.flatten(2) * F.silu(gate)), lengths)
 
 
 ROWS = {  # of the table: features, head, epochs, learning rate and its factor per epoch
+    "majority": ("raw", None, 0, 0.0, 0.0),
     "raw linear": ("raw", Linear, 30, 1e-4, 1.0),  # Table 6
     "raw attentive": ("raw", Attentive, 20, 1e-3, 0.9),  # Table 7
     "transformer": ("raw", Transformer, 20, 1e-3, 0.9),  # Paper: silent. Here: as Table 7
@@ -247,6 +243,7 @@ ROWS = {  # of the table: features, head, epochs, learning rate and its factor p
     "LV-MAE linear": ("lvmae", Linear, 30, 1e-4, 1.0),
     "LV-MAE attentive": ("lvmae", Attentive, 20, 1e-3, 0.9),
 }
+
 
 def fit(row, features, data, targets, split, seed, args, device):
     """Train a head, keep its best epoch on validation, score it once on test.
@@ -258,16 +255,19 @@ def fit(row, features, data, targets, split, seed, args, device):
     first = data.first + torch.arange(len(data.first))  # (V,) row of each [CLS]
     is_class = not targets.is_floating_point()
     center, scale = (0, 1) if is_class else (targets[train].mean(), targets[train].std())
+    if row == "majority":  # always the commonest class of train, or its mean
+        error = targets[test] - (targets[train].mode().values if is_class else center)
+        return (100 * (error == 0).double().mean() if is_class else error.square().mean()).item()
     D, outputs = features.shape[1], int(targets.max()) + 1 if is_class else 1
     _, Head, epochs, lr, gamma = ROWS[row]
-    body, last = head = nn.ModuleList([Head(D), nn.Linear(D, outputs)]).to(device)
+    head = Head(D, outputs).to(device)
     optimizer = torch.optim.Adam(head.parameters(), lr=args.lr or lr, betas=(0.9, 0.999))
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, args.gamma or gamma)
     loss_of = F.cross_entropy if is_class else F.mse_loss
 
     def predict(videos):
         x = pad(features, first[videos], data.lengths[videos] + 1).to(device)  # (B, N+1, D)
-        y = last(body(x, data.lengths[videos])).cpu()  # (B, outputs)
+        y = head(x, data.lengths[videos]).cpu()  # (B, outputs)
         return y if is_class else center + scale * y[:, 0]
 
     @torch.no_grad()
@@ -281,7 +281,7 @@ def fit(row, features, data, targets, split, seed, args, device):
     for _ in range(args.epochs or epochs):
         head.train()
         order = torch.tensor(train)[torch.randperm(len(train))]
-        for videos in order.tensor_split(math.ceil(len(train) / args.batch_size)):  # even batches
+        for videos in order.tensor_split(max(1, len(train) // args.batch_size)):  # of equal size
             loss = loss_of(predict(videos), targets[videos])
             optimizer.zero_grad()
             loss.backward()
@@ -295,14 +295,6 @@ def fit(row, features, data, targets, split, seed, args, device):
     return accuracy if is_class else -minus_loss
 
 
-def majority(targets, split):
-    """Score of always saying the commonest class of train, or its mean."""
-    train, test = targets[split["train"]], targets[split["test"]]
-    if targets.is_floating_point():
-        return (test - train.mean()).square().mean().item()
-    return 100 * (test == train.mode().values).double().mean().item()
-
-
 def main(args):
     """Read the labels, compute the features, fill the table row by row."""
     data, device = load_data(args.data), pick_device(args.device)
@@ -310,7 +302,7 @@ def main(args):
         rows = read_labels(args.labels, data)
         if args.regression:
             rows = [(video, float(label), split) for video, label, split in rows]
-    except (KeyError, OSError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, OSError, TypeError, ValueError, ZeroDivisionError) as error:
         raise SystemExit(f"{args.labels}: {error!r}, expected labels (see --help)") from None
     found, named = match(rows, data.videos, args.labels), {split for _, _, split in rows}
     is_class = not any(isinstance(label, float) for label, _ in found.values())
@@ -321,26 +313,22 @@ def main(args):
     for index, (label, _) in found.items():
         targets[index] = classes.index(label) if is_class else label
 
-    wanted = [row for row in ROWS if args.compare or row.endswith(args.head)]
-    if args.features == "raw":
-        wanted = [row for row in wanted if ROWS[row][0] == "raw"]
-    models = {"raw": None}
+    wanted = [row for row in ROWS if args.compare or row.endswith(("majority", args.head))]
+    wanted = [row for row in wanted if ROWS[row][0] in ("raw", args.features)]
+    features = {"raw": compute_features(data, None, device)}
     if any(ROWS[row][0] == "lvmae" for row in wanted):
-        models["lvmae"] = load_checkpoint(args.ckpt, data, device)
-    features = {name: compute_features(data, model, device) for name, model in models.items()}
+        features["lvmae"] = compute_features(data, load_checkpoint(args.ckpt, data, device), device)
 
-    table = {}
     n = {part: len(indices) for part, indices in splits[0].items()}
-    print(f"videos: {n['train']} train, {n['val']} val, {n['test']} test; {args.runs} runs; "
-          + (f"{len(classes)} classes; accuracy in %" if is_class else "mean squared error"))
-    for row in ("majority", *wanted):
-        runs = torch.tensor([
-            majority(targets, split) if row == "majority" else
-            fit(row, features[ROWS[row][0]], data, targets, split, seed, args, device)
-            for seed, split in zip(seeds, splits)
-        ])  # fmt: skip
-        mean, std = runs.mean().item(), runs.std(correction=min(1, args.runs - 1)).item()
-        table[row] = {"mean": mean, "std": std, "runs": runs.tolist()}
+    metric = f"{len(classes)} classes; accuracy in %" if is_class else "mean squared error"
+    print(f"{args.runs} runs; {', '.join(f'{part} {n[part]}' for part in n)} videos; {metric}")
+    table = {}
+    for row in wanted:
+        x = features[ROWS[row][0]]
+        runs = zip(seeds, splits, strict=True)
+        runs = [fit(row, x, data, targets, split, seed, args, device) for seed, split in runs]
+        mean, std = statistics.mean(runs), statistics.stdev(runs) if args.runs > 1 else 0.0
+        table[row] = {"mean": mean, "std": std, "runs": runs}
         print(f"{row:16} {mean:7.2f} +- {std:.2f}", flush=True)
     if args.json:
         table = {"rows": table, "n": n, "classes": len(classes) if is_class else 0}
