@@ -122,7 +122,8 @@ def decode(path, segment_seconds, frames_per_segment, preprocess):
                        "OPENCV_FFMPEG_LOGLEVEL": "-8"}  # damaged videos fill the screen
         capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])  # least CPU
         fps, count = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
-        step, promised = (1 / fps, count / fps) if 1 <= fps <= 240 else (1 / 25, 0.0)  # 0, 90000..
+        # Headers are hints: fps may be 0, -1, nan or 90000, and the count anything.
+        step, promised = (1 / fps, count / fps) if 1 <= fps <= 240 else (1 / 25, 0.0)
         time, failures, before, last = -step, 0, set(found), -1
         while failures < 1000:  # one False is a bad packet, not the end
             failures = 0 if capture.grab() else failures + 1
@@ -162,8 +163,7 @@ def prefetch(generator, size):
 @torch.inference_mode()
 def embed(frames, model, preprocess, batch_size):
     """Encode up to B frames, uint8 (H, W, 3) each, into unit-length embeddings (B, D)."""
-    # The batch is always full: so an embedding is the same to the last bit wherever its frame
-    # stands, and a resumed run equals an uninterrupted one.
+    # Always a full batch: an embedding is then the same to the last bit wherever its frame stands.
     batch = np.zeros((batch_size, *frames[0].shape), np.uint8)
     batch[: len(frames)] = frames
     device = model.logit_scale.device
@@ -211,7 +211,7 @@ def extract(folder, videos, model, segment_seconds, frames_per_segment, batch_si
 
 def save(path, folder, **arrays):
     """Write an npz in `folder` and move it to `path`: readers see all of it or nothing."""
-    half = f"{folder}/{socket.gethostname()}.{os.getpid()}.half"
+    half = f"{folder}/{os.path.basename(path)}.{socket.gethostname()}.{os.getpid()}.half"
     try:
         os.makedirs(folder, exist_ok=True)
         with open(half, "wb") as file:

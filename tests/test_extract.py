@@ -205,6 +205,9 @@ def test_lies(tmp_path, clip, monkeypatch, lie):
     assert truth["lengths"] == 3
     monkeypatch.setattr(cv2, "VideoCapture", type("", (Liar,), LIES[lie]))
     assert_equal(run(tmp_path / "v", tmp_path / "out.npz", clip), truth)
+    preprocess = {"size": 32, "resize_mode": "squash", "fill_color": 0}
+    frames = list(extract.decode(str(tmp_path / "v" / "a.avi"), 5.0, 8, preprocess))
+    assert len(frames) == 3 * 8 + 1 and frames[-1][1] == (pytest.approx(15, abs=0.1), "")
 
 
 def test_half_a_video_is_kept_and_named(tmp_path, clip, capsys):
@@ -318,7 +321,8 @@ def test_changes_are_not_mixed_in(tmp_path, clip, four, monkeypatch):
     os.utime(videos / "a.mp4", (time + 1, time + 1))
     changed = run(videos, tmp_path / "out.npz", clip)
     assert_equal(changed, run(videos, tmp_path / "whole.npz", clip))
-    assert (changed["embeddings"][0] != run(four, tmp_path / "old.npz", clip)["embeddings"][0]).any()
+    old = run(four, tmp_path / "old.npz", clip)
+    assert (changed["embeddings"][0] != old["embeddings"][0]).any()
 
 
 def test_full_disk(tmp_path, clip, four, monkeypatch):
