@@ -163,15 +163,16 @@ def search(queries, captions, truth, top_k, device):
     bar = (queries * captions[truth].to(queries)).sum(1, keepdim=True) + 1e-6  # (Q, 1)
     best = torch.full((len(queries), min(top_k, len(captions))), -2.0, device=device)
     number, rank = torch.zeros_like(best, dtype=torch.long), torch.ones_like(bar[:, 0])
-    for c in range(0, len(captions), 4096):
-        block = captions[c : c + 4096].to(queries).T  # (D, 4096)
-        for q in range(0, len(queries), 512):
-            q = slice(q, q + 512)
-            similarity = queries[q] @ block  # (512, 4096)
-            values, places = similarity.topk(min(top_k, block.shape[1]))
-            best[q], order = torch.cat([best[q], values], 1).topk(best.shape[1])
-            number[q] = torch.cat([number[q], places + c], 1).gather(1, order)
-            rank[q] += similarity.gt_(bar[q]).sum(1)  # in place: not needed any more
+    for c in range(0, len(captions), 2048):
+        block = captions[c : c + 2048].to(queries).T  # (D, 2048)
+        for q in range(0, len(queries), 1024):
+            similarity = queries[q : q + 1024] @ block  # (1024, 2048)
+            # Only few rows find better captions than before, and topk takes time.
+            rows = q + (similarity.amax(1) > best[q : q + 1024, -1]).nonzero()[:, 0]
+            values, places = similarity[rows - q].topk(min(top_k, block.shape[1]))
+            best[rows], order = torch.cat([best[rows], values], 1).topk(best.shape[1])
+            number[rows] = torch.cat([number[rows], places + c], 1).gather(1, order)
+            rank[q : q + 1024] += similarity.gt_(bar[q : q + 1024]).sum(1)  # in place: done with it
     return best.cpu(), number.cpu(), rank.cpu()
 
 
