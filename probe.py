@@ -132,7 +132,7 @@ def make_split(found, named, seed, is_class, source):
                 group[part] = [group["train"].pop() for _ in range(round(0.2 * n["train"]))]
             split[part] += group.get(part, [])
     n = {part: len(indices) for part, indices in split.items()}
-    if 0 in n.values() or (is_class and len(groups) < 2):
+    if 0 in n.values() or n["train"] < 2 or (is_class and len(groups) < 2):
         raise SystemExit(f"{source}: found {len(groups)} classes and {n} videos, expected two or "
                          "more classes and videos in each split")
     return split
@@ -160,8 +160,10 @@ class Linear(nn.Module):
 
     def __init__(self, dim, outputs):
         super().__init__()
-        # Paper: silent. Here: each dimension is normalised first, as in MAE's linear probing.
+        # Paper: silent. Here: each dimension is normalised first, as in MAE's linear probing, and
+        # the layer starts at zero: a few hundred steps at 1e-4 would not outweigh a random start.
         self.last = nn.Sequential(nn.BatchNorm1d(dim, affine=False), nn.Linear(dim, outputs))
+        nn.init.zeros_(self.last[1].weight)
 
     def forward(self, x, lengths):  # (B, N+1, D), zero at padding, (B,) -> (B, outputs)
         return self.last(self.summary(x, lengths))
@@ -297,6 +299,8 @@ def fit(row, features, data, targets, split, seed, args, device):
 
 def main(args):
     """Read the labels, compute the features, fill the table row by row."""
+    if args.runs < 1 or args.batch_size < 2:
+        raise SystemExit("--runs, --batch-size: expected at least 1 and 2")
     data, device = load_data(args.data), pick_device(args.device)
     try:
         rows = read_labels(args.labels, data)
