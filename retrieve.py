@@ -83,8 +83,8 @@ def read_captions(path, data):
             texts = Path(path).read_text("utf-8-sig").split("\n")
         texts = np.array(["", *(" ".join(text.split()) for text in texts)], object)
     except (AttributeError, OSError, LookupError, TypeError, ValueError, BadZipFile) as error:
-        raise SystemExit(f"{path}: found {error!r}, expected a .txt of a caption a line, a .csv of "
-                         "video,start,caption or an .npz of captions, embeddings") from None
+        raise SystemExit(f"{path}: {type(error).__name__}: {error}; expected .txt (a caption a line)"
+                         ", .csv (video,start,caption) or .npz (captions, embeddings)") from None
     captions, first, number = np.unique(texts, return_index=True, return_inverse=True)
     captions, first, number = captions[1:], first[1:] - 1, number[1:] - 1  # without ""
     if embeddings is not None:
@@ -115,6 +115,8 @@ def embed_captions(path, captions, data, device):
         return torch.from_numpy(np.load(cache)["embeddings"])
     embeddings, size = [], data.embeddings.shape[1]
     try:
+        if not (name in open_clip.list_models() or os.path.isdir(name) or ":" in name):
+            raise SystemExit(f"found model {name!r}, expected a name or folder of open_clip")
         clip, tokenizer_name = load_encoder(name, weights, device)
         tokenize = open_clip.get_tokenizer(tokenizer_name)
         for i in tqdm(range(0, len(captions), 256), "captions", disable=len(captions) < 10_000):
@@ -123,8 +125,8 @@ def embed_captions(path, captions, data, device):
         if text.shape[1] != size:
             raise SystemExit(f"found embeddings of size {text.shape[1]}, expected {size}")
     except (SystemExit, ImportError) as error:
-        raise SystemExit(f"{data.path}: text tower of the model {name!r} in 'meta': {error}; or give"
-                         " --captions FILE.npz of captions, embeddings") from None
+        raise SystemExit(f"{data.path}: its text tower: {error}; or give --captions"
+                         " FILE.npz (captions, embeddings)") from None
     embeddings = torch.cat(embeddings)  # (C, D)
     if os.access(cache.parent, os.W_OK):
         save(cache, cache.parent, digest=digest, embeddings=embeddings.numpy())
@@ -212,7 +214,7 @@ def draw_figure(name, segments, frames):
             draw.text((x, y + 20 * j - 4), line, colour, font)
         figure.paste(Image.fromarray(frame), (x, y))
         colour, time = (COLOURS[2], time + " masked") if masked else ("black", time)
-        draw.rectangle((x, y, x + 239, y + 159), outline=colour, width=6 if masked else 0)
+        draw.rectangle((x, y, x + 239, y + 159), None, colour, width=6 if masked else 0)
         draw.rectangle((x, y, x + 14 + font.getlength(time), y + 23), fill=colour)
         draw.text((x + 7, y + 3), time, "white", font)
     return np.asarray(figure)
@@ -257,8 +259,7 @@ def main(args):
             frames = dict(decode(os.path.join(args.videos, name), seconds, 2, TILE))
             places = (data.starts[rows] / seconds).round().tolist()
             figures.append(draw_figure(name, segments, [frames.get(i, BLANK) for i in places]))
-    if args.figure:
-        # 256 colours: a third of the file size.
+    if args.figure:  # in 256 colours: a third of the file
         Image.fromarray(np.concatenate(figures)).quantize().save(args.figure, optimize=True)
 
     rows, what = (is_masked & (truth >= 0)).nonzero()[:, 0], "true caption"
