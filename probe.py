@@ -11,8 +11,8 @@ are a blank [CLS] and the embeddings without positions: linear and attentive can
     transformer  an LV-MAE encoder of two layers on raw features, not pre-trained (end to end)
     mamba        a Mamba layer on raw features, then their average (end to end)
 A run is a seed: of the head, of the batches and, unless the labels name one, of the split (60/20/20
-of each class). The epoch is chosen on validation, the test videos are scored once. The last line,
-with mean and standard deviation over the runs:  <measured>
+of each class). The epoch is chosen on validation, the test videos are scored once. The last line is
+the head that was asked for: its name, mean +- standard deviation over the runs.
 """
 
 import argparse
