@@ -2,7 +2,7 @@
 
 A video shows one object after the other in front of a place that holds for the whole video:
 "a red circle on the beach". Which object comes when is told by the video's recipe, a list of
-eight steps. Recipes come in pairs, 1a and 1b, 2a and 2b..: same steps, another order.
+six steps. Recipes come in pairs, 1a and 1b, 2a and 2b..: same steps, another order.
 A bag of segments cannot tell 1a from 1b; the order of the segments can.
 
     python tests/toyworld.py toy/          # toy/videos toy/captions.csv toy/clip
@@ -22,22 +22,21 @@ import torch
 
 SIZE, FPS, SEGMENT_SECONDS = 64, 2, 5  # pixels, frames per second, seconds
 COLOURS = {
-    "red": (220, 30, 30), "orange": (250, 140, 20), "yellow": (250, 230, 60), "green": (30, 190, 70),
+    "red": (220, 30, 30), "cyan": (40, 220, 220), "yellow": (250, 230, 60), "green": (30, 190, 70),
     "blue": (30, 60, 230), "purple": (140, 40, 170), "pink": (250, 150, 200), "white": (250, 250, 250),
 }
-SHAPES = {"circle": 32, "triangle": 3}  # corners
+BAR = np.array([1.5 + 0.4j, -1.5 + 0.4j, -1.5 - 0.4j, 1.5 - 0.4j])  # an outline, points x + iy
+SHAPES = {"circle": np.exp(2j * np.pi * np.arange(32) / 32), "bar": BAR, "post": 1j * BAR}
 PLACES = {  # colours of the upper and the lower half
     "on the beach": ((120, 190, 240), (225, 200, 130)),
     "in the forest": ((30, 70, 30), (60, 110, 40)),
     "in the city": ((140, 140, 150), (70, 70, 75)),
-    "at sea": ((150, 200, 220), (20, 100, 130)),
     "on the moon": ((5, 5, 20), (170, 170, 165)),
-    "at dusk": ((200, 110, 90), (90, 40, 60)),
 }
 OBJECTS = [f"a {colour} {shape}" for shape in SHAPES for colour in COLOURS]
 CAPTIONS = [f"{thing} {place}" for place in PLACES for thing in OBJECTS]
 CLIP_CONFIG = {
-    "embed_dim": 64,
+    "embed_dim": 128,
     "vision_cfg": {"image_size": SIZE, "layers": 2, "width": 128, "patch_size": 16},
     "text_cfg": {"context_length": 16, "width": 32, "heads": 2, "layers": 1},
 }
@@ -55,44 +54,40 @@ def get_args(argv=None):
 
 
 def make_recipes(rng):
-    """Return {name: list of 8 objects}: four pairs with the same steps in another order."""
-    things = list(rng.permutation(OBJECTS)) * 2
+    """Return {name: list of 6 objects}: four pairs, in each the same steps in another order."""
     recipes = {}
-    for pair in range(4):
-        steps = things[4 * pair : 4 * pair + 8]
-        recipes[f"{pair + 1}a"] = steps
-        # Every second step stays; the ones between come in reverse. So a hidden step cannot be
-        # told from the steps next to it: one must know which of the two recipes is running.
-        recipes[f"{pair + 1}b"] = [steps[-i - 2] if i % 2 == 0 else steps[i] for i in range(8)]
+    for pair, steps in enumerate(rng.permutation(OBJECTS).reshape(4, 6).tolist(), start=1):
+        a, b, c, d, e, f = steps
+        # Half of the steps keep their places. So what was hidden between two visible steps cannot
+        # be told from these two: one must know, from elsewhere, which recipe is running.
+        recipes[f"{pair}a"], recipes[f"{pair}b"] = [a, b, c, d, e, f], [a, f, c, b, e, d]
     return recipes
 
 
 def make_story(rng, steps):
-    """Return the object of each segment of one video."""
-    first = rng.integers(len(steps))  # go round the recipe once, from anywhere: the position of a
-    steps = steps[first:] + steps[:first]  # step in the video then tells nothing about the recipe
-    slowest = rng.integers(2, 5)
+    """Return the object of each of the 12 to 40 segments of one video."""
     story = []
-    for step in steps:
-        story += [step] * rng.integers(1, slowest + 1)
-    for _ in range(rng.integers(len(story) // 8, len(story) // 4 + 1)):  # noise
-        story.insert(rng.integers(len(story) + 1), rng.choice(OBJECTS))
+    while not 12 <= len(story) <= 40:
+        slowest = rng.integers(2, 6)
+        story = [step for step in steps for _ in range(rng.integers(1, slowest + 1))]
+        story = rng.choice(OBJECTS, rng.integers(4)).tolist() + story  # begins late: noise
+        for place in rng.integers(1, len(story), rng.binomial(len(story), 0.05)):
+            story.insert(place, str(rng.choice(OBJECTS)))  # is interrupted: noise
     return story
 
 
 def draw_segment(rng, thing, place, frames=FPS * SEGMENT_SECONDS):
     """Draw an object that drifts and tilts in front of a place: (frames, SIZE, SIZE, 3) RGB."""
     _, colour, shape = thing.split()
-    x, y, radius, angle = rng.uniform([28, 28, 19, -1.8], [36, 36, 25, -1.3])
+    x, y, radius, angle = rng.uniform([28, 28, 16, -0.2], [36, 36, 21, 0.2])
     dx, dy, turn = rng.uniform(-1, 1, 3) * [0.5, 0.5, 0.03]
     horizon = rng.integers(26, 38)
     video = np.empty((frames, SIZE, SIZE, 3), np.int16)
     video[:, :horizon], video[:, horizon:] = PLACES[place]
-    corners = np.arange(SHAPES[shape]) * 2 * np.pi / SHAPES[shape]
     for t in range(frames):
-        turned = corners + angle + turn * t
-        outline = [x + dx * t + radius * np.cos(turned), y + dy * t + radius * np.sin(turned)]
-        cv2.fillPoly(video[t], [np.stack(outline, 1).round().astype(np.int32)], COLOURS[colour])
+        points = radius * np.exp(1j * (angle + turn * t)) * SHAPES[shape]
+        points = np.stack([points.real + x + dx * t, points.imag + y + dy * t], axis=1)
+        cv2.fillPoly(video[t], [points.round().astype(np.int32)], COLOURS[colour])
     video += rng.integers(-25, 26, video.shape, dtype=np.int16)
     return video.clip(0, 255).astype(np.uint8)
 
