@@ -5,12 +5,19 @@ A video shows one object after the other in front of a place that holds for the 
 six steps. Recipes come in pairs, 1a and 1b, 2a and 2b..: same steps, another order.
 A bag of segments cannot tell 1a from 1b; the order of the segments can.
 
-    python tests/toyworld.py toy/          # toy/videos toy/captions.csv toy/clip
+    python tests/toyworld.py toy/          # toy/videos/ toy/captions.csv toy/clip/
+    python tests/toyworld.py toy/ --run    # and then the five scripts on it, with one table
+
+The last line of the first is like "toy/: 240 videos, 4,153 segments, 96 captions", that of the second
+"LV-MAE attentive ..".
 """
 
 import argparse
 import csv
 import json
+import shlex
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -36,7 +43,7 @@ PLACES = {  # colours of the upper and the lower half
 OBJECTS = [f"a {colour} {shape}" for shape in SHAPES for colour in COLOURS]
 CAPTIONS = [f"{thing} {place}" for place in PLACES for thing in OBJECTS]
 CLIP_CONFIG = {
-    "embed_dim": 128,
+    "embed_dim": 64,
     "vision_cfg": {"image_size": SIZE, "layers": 2, "width": 128, "patch_size": 16},
     "text_cfg": {"context_length": 16, "width": 32, "heads": 2, "layers": 1},
 }
@@ -47,8 +54,10 @@ def get_args(argv=None):
     """Read the command line."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to put videos/, captions.csv and clip/")
+    parser.add_argument("--run", action="store_true", help="then run the five scripts on it")
     parser.add_argument("--videos", type=int, default=240, help="number of videos")
-    parser.add_argument("--clip-steps", type=int, default=200, help="training steps of the CLIP")
+    parser.add_argument("--clip-steps", type=int, default=250, help="training steps of the CLIP")
+    parser.add_argument("--epochs", type=int, default=120, help="of train.py")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     return parser.parse_args(argv)
 
@@ -153,13 +162,46 @@ def make_videos(folder, count, seed):
             writer.release()
 
 
+def run_all(folder, epochs, seed):
+    """Run the five scripts on the world as a user would, and print one table of what they found."""
+    root = Path(__file__).resolve().parent.parent
+    videos, data, ckpt = folder / "videos", folder / "out.npz", folder / "lvmae.pt"
+    found = {stage: folder / f"{stage}.json" for stage in ("retrieve", "probe")}
+    for command in (
+        f"extract.py {videos} {data} --model {folder / 'clip'} --batch-size 128",
+        f"train.py --data {data} --out {ckpt} --mask semantic --epochs {epochs} --seed {seed}"
+        " --decoder-dim 128",
+        f"probe.py --data {data} --ckpt {ckpt} --compare --json {found['probe']} --seed {seed}",
+        f"retrieve.py --data {data} --ckpt {ckpt} --captions {folder / 'captions.csv'}"
+        f" --mask semantic --json {found['retrieve']} --seed {seed}",
+    ):
+        print(f"\n$ python {command}", flush=True)
+        script, *flags = shlex.split(command)
+        subprocess.run([sys.executable, root / script, *flags], check=True)
+
+    ranks, probes = (json.loads(found[stage].read_text()) for stage in ("retrieve", "probe"))
+    print("\ncaption of a masked segment   R@1    R@5")
+    for name in ("true", "reconstructed", "interpolation", "chance"):
+        print(f"{name:26} {ranks[name]['R@1']:5.1f}% {ranks[name]['R@5']:5.1f}%")
+    print("\nrecipe of a video        accuracy")
+    for name in ("majority", "raw linear", "LV-MAE linear", "raw attentive", "LV-MAE attentive"):
+        row = probes["rows"][name]
+        print(f"{name:26} {row['mean']:5.1f}% +- {row['std']:.1f}")
+
+
 def main(args):
-    """Make the world."""
+    """Make the world, and run the five scripts on it if asked to."""
     start = time.time()
     train_clip(args.folder / "clip", args.clip_steps, args.seed)
-    print(f"clip {clip_accuracy(args.folder / 'clip', args.seed + 1):.1%} {time.time() - start:.0f} s")
+    accuracy = clip_accuracy(args.folder / "clip", args.seed + 1)
+    print(f"{args.folder}/clip: {accuracy:.1%} of unseen frames have their own caption nearest")
     make_videos(args.folder, args.videos, args.seed + 2)
-    print(f"{time.time() - start:.0f} s")
+    segments = (args.folder / "captions.csv").read_text().count("\n") - 1
+    print(f"{args.folder}: {args.videos} videos, {segments:,} segments, {len(CAPTIONS)} captions")
+    print(f"made in {time.time() - start:.0f} s", flush=True)
+    if args.run:
+        run_all(args.folder, args.epochs, args.seed)
+        print(f"\n{args.folder}: the whole took {(time.time() - start) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
