@@ -186,7 +186,7 @@ def extract(folder, videos, model, segment_seconds, frames_per_segment, batch_si
     for entry in prefetch(stream, 64):
         entries.append(entry)
         n_frames += entry[1] is not None
-        if n_frames not in (0, batch_size) and entry[:2] != (videos[-1], None):
+        if n_frames < batch_size and entry[:2] != (videos[-1], None):
             continue
         frames = [item for _, segment, item in entries if segment is not None]
         embedded = iter(embed(frames, model, preprocess, batch_size) if frames else ())
