@@ -7,7 +7,7 @@
 
 First it prints what trivial predictors score on the validation masks, then a line an epoch. Its
 last line is like
-    lvmae.pt: 120 epochs, validation cosine 0.7724, best trivial 0.6329
+    lvmae.pt: 120 epochs, validation cosine 0.7724, trivial 0.6329
 """
 
 import argparse
@@ -25,8 +25,16 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import LVMAE, LVMAEConfig, load_data, pad, pick_device
-from model import random_mask, semantic_mask, trivial_predictions
+from model import (
+    LVMAE,
+    LVMAEConfig,
+    load_data,
+    pad,
+    pick_device,
+    random_mask,
+    semantic_mask,
+    trivial_predictions,
+)
 
 PRESETS = {
     # Table 5 and section 7; 16 videos per process, on 8 GPUs.
@@ -296,6 +304,8 @@ def main(args):
     origin, done = digests(args.data), 0
     if args.resume and os.path.exists(args.out):
         done = resume(args, origin, model, optimizer)
+    if done >= args.epochs:
+        raise SystemExit(f"{args.out}: has all {args.epochs} epochs behind it")
     net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
 
     size = sum(p.numel() for p in model.parameters()) / 1e6
@@ -339,7 +349,7 @@ def main(args):
             )  # fmt: skip
             torch.save(checkpoint, args.out + ".tmp")  # then moved: --out is always whole
             os.replace(args.out + ".tmp", args.out)
-    say(f"{args.out}: {args.epochs} epochs, validation cosine {cosine:.4f}, best trivial {best:.4f}")
+    say(f"{args.out}: {args.epochs} epochs, validation cosine {cosine:.4f}, trivial {best:.4f}")
     if world > 1:
         dist.destroy_process_group()
 

@@ -1,6 +1,6 @@
-"""Lets the tests import the five scripts, which lie one folder up."""
+"""Lets the tests import the five scripts, one folder up, and toyworld, beside this file."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]

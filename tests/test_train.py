@@ -16,7 +16,8 @@ import train
 from model import LVMAE, LVMAEConfig, load_checkpoint, load_data
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = "--depth 1 --heads 2 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2 --base-lr 0.2 --device cpu"
+SMALL = "--depth 1 --heads 2 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2 --device cpu"
+SMALL += " --base-lr 0.2"
 
 
 def write_npz(path, videos=40, D=16, seed=0):
@@ -34,7 +35,7 @@ def run(folder, *flags, processes=1, check=True):
     """Run the real command in `folder` -> CompletedProcess."""
     launch = [sys.executable]
     if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        launch += f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
     command = [*launch, str(ROOT / "train.py"), *SMALL.split(), *map(str, flags)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
@@ -73,7 +74,7 @@ def test_training_learns_and_says_so(uninterrupted):
 
 @pytest.mark.parametrize("epochs_before_kill", [0, 1, 4])
 def test_resume_after_sigkill_is_exact(uninterrupted, tmp_path, epochs_before_kill):
-    """Catches anything that a kill loses: weights, moments, schedule, the place in the random draw."""
+    """Catches anything that a kill loses: weights, moments, schedule, the state of randomness."""
     folder, _ = uninterrupted
     (tmp_path / "out.npz").write_bytes((folder / "out.npz").read_bytes())
     flags = [str(ROOT / "train.py"), *SMALL.split(), "--epochs", "6", "--warmup-epochs", "2"]
@@ -203,5 +204,5 @@ def test_errors_are_one_line(uninterrupted, monkeypatch, flags, message):
     write_npz(folder / "wide.npz", D=32)
     monkeypatch.chdir(folder)
     with pytest.raises(SystemExit, match=message) as error:
-        train.main(train.get_args([*SMALL.split(), "--epochs", "6", "--warmup-epochs", "2", *flags]))
+        train.main(train.get_args(f"{SMALL} --epochs 6 --warmup-epochs 2".split() + flags))
     assert "\n" not in str(error.value)

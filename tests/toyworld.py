@@ -29,7 +29,8 @@ import torch
 SIZE, FPS, SEGMENT_SECONDS = 64, 2, 5  # pixels, frames per second, seconds
 COLOURS = {
     "red": (220, 30, 30), "cyan": (40, 220, 220), "yellow": (250, 230, 60), "green": (30, 190, 70),
-    "blue": (30, 60, 230), "purple": (140, 40, 170), "pink": (250, 150, 200), "white": (250, 250, 250),
+    "blue": (30, 60, 230), "purple": (140, 40, 170), "pink": (250, 150, 200),
+    "white": (250, 250, 250),
 }
 BAR = np.array([1.5 + 0.4j, -1.5 + 0.4j, -1.5 - 0.4j, 1.5 - 0.4j])  # an outline, points x + iy
 SHAPES = {"circle": np.exp(2j * np.pi * np.arange(32) / 32), "bar": BAR, "post": 1j * BAR}
@@ -100,7 +101,7 @@ def draw_segment(rng, thing, place, frames=FPS * SEGMENT_SECONDS):
 
 def draw_captions(rng):
     """Draw one frame of every caption: (captions, 3, SIZE, SIZE), normalised for the CLIP."""
-    frames = [draw_segment(rng, c[: c.index(p) - 1], p, 1) for p in PLACES for c in CAPTIONS if p in c]
+    frames = [draw_segment(rng, thing, place, 1) for place in PLACES for thing in OBJECTS]
     frames = torch.from_numpy(np.concatenate(frames)).permute(0, 3, 1, 2)
     return (frames / 255 - MEAN[0]) / STD[0]
 
@@ -132,10 +133,11 @@ def clip_accuracy(folder, seed, draws=5):
     """Return how many unseen frames have their own caption as the nearest of all captions."""
     clip, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     clip.eval()
-    texts = clip.encode_text(open_clip.get_tokenizer(f"local-dir:{folder}")(CAPTIONS), normalize=True)
+    texts = open_clip.get_tokenizer(f"local-dir:{folder}")(CAPTIONS)
+    texts = clip.encode_text(texts, normalize=True)
     rng = np.random.default_rng(seed)
-    images = torch.stack([clip.encode_image(draw_captions(rng), normalize=True) for _ in range(draws)])
-    best = (images @ texts.T).argmax(-1)  # (draws, captions)
+    images = [clip.encode_image(draw_captions(rng), normalize=True) for _ in range(draws)]
+    best = (torch.stack(images) @ texts.T).argmax(-1)  # (draws, captions)
     return (best == torch.arange(len(CAPTIONS))).float().mean().item()
 
 
@@ -155,7 +157,8 @@ def make_videos(folder, count, seed):
             for n, thing in enumerate(story):
                 for frame in draw_segment(rng, thing, place):
                     writer.write(frame[..., ::-1])  # RGB to OpenCV's BGR
-                captions.writerow([f"{recipe}/{path.name}", n * SEGMENT_SECONDS, f"{thing} {place}"])
+                caption = f"{thing} {place}"
+                captions.writerow([f"{recipe}/{path.name}", n * SEGMENT_SECONDS, caption])
             writer.release()
 
 
