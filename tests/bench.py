@@ -1,0 +1,359 @@
+"""How fast each stage is, next to what the machine can do. A script, not a test.
+
+    python tests/bench.py extract     # decoding, encoding, both
+    python tests/bench.py train       # a step at the paper's sizes, on real lengths
+    python tests/bench.py probe       # features and heads at COIN's size
+    python tests/bench.py retrieve    # a million captions
+
+Figures are ratios of things measured in turn in one run; a goal stands behind each.
+"""
+
+import argparse
+import logging
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import extract
+import model
+import probe
+import retrieve
+import train
+
+
+def get_args(argv=None):
+    """Read the command line."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("stage", choices=["extract", "train", "probe", "retrieve"])
+    parser.add_argument("--rounds", type=int, default=5, help="of extract and train")
+    parser.add_argument("--seconds", type=int, default=180, help="extract: length of the videos")
+    parser.add_argument("--depth", type=int, default=2, help="train: encoder layers; the paper: 32")
+    parser.add_argument("--videos", type=int, default=11_827, help="probe: number of videos")
+    parser.add_argument("--captions", type=int, default=1_000_000, help="retrieve: how many")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # for peak_memory
+    return parser.parse_args(argv)
+
+
+def timed(work, device):
+    """Seconds that `work` takes on `device`."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+# ---- extract ------------------------------------------------------------------------------------
+
+
+def clock():
+    """Wall seconds, and CPU seconds of all threads of this process."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return np.array([time.perf_counter(), usage.ru_utime + usage.ru_stime])
+
+
+def write_720p(path, seconds):
+    """Write a moving, noisy 720p video at 30 fps; h264 with B-frames where ffmpeg is there."""
+    if shutil.which("ffmpeg"):
+        source = f"testsrc2=size=1280x720:rate=30:duration={seconds},noise=alls=8:allf=t"
+        codec = "-c:v libx264 -preset veryfast -bf 3 -g 250 -pix_fmt yuv420p".split()
+        command = ["ffmpeg", "-v", "error", "-y", "-f", "lavfi", "-i", source, *codec, str(path)]
+        subprocess.run(command, check=True)
+        return "h264 with B-frames, from ffmpeg"
+    noise = np.random.default_rng(0).integers(0, 256, (90, 320, 3), np.uint8)
+    noise = cv2.resize(noise, (2560, 720))
+    codec = cv2.VideoWriter_fourcc(*"mp4v")
+    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, codec, 30, (1280, 720))
+    for i in range(30 * seconds):
+        writer.write(noise[:, 4 * i % 1280 :][:, :1280])
+    writer.release()
+    return "MPEG-4 without B-frames, from OpenCV"
+
+
+def bench_extract(args):
+    """Decoding, encoding and both together, as ratios of one run."""
+    n_videos, seconds, rounds = 2, args.seconds, args.rounds
+    logging.disable(logging.WARNING)
+    model = open_clip.create_model("ViT-B-32").eval()  # random weights: no less work
+    logging.disable(logging.NOTSET)
+    preprocess = open_clip.get_model_preprocess_cfg(model)
+    with tempfile.TemporaryDirectory() as folder:
+        videos = [f"{i}.mp4" for i in range(n_videos)]
+        kind = write_720p(Path(folder) / videos[0], seconds)
+        for video in videos[1:]:
+            shutil.copy(Path(folder) / videos[0], Path(folder) / video)
+        print(f"{n_videos} videos of {seconds} s, 720p, {kind}; ViT-B-32, 8 frames a segment, "
+              f"{torch.get_num_threads()} threads")
+        costs = {"grab": [], "decode": [], "encode": [], "extract": []}
+        for _ in range(rounds):  # alternating, so that a busy machine disturbs all of them alike
+            os.environ.pop("OPENCV_FFMPEG_CAPTURE_OPTIONS", None)  # decode() leaves nonref there
+            begin = clock()
+            for video in videos:  # what `ffmpeg -i video -f null -` does, with default threads
+                capture = cv2.VideoCapture(str(Path(folder) / video), cv2.CAP_FFMPEG)
+                while capture.grab():
+                    pass
+            costs["grab"].append(clock() - begin)
+            begin = clock()
+            frames = [frame for video in videos for segment, frame
+                      in extract.decode(str(Path(folder) / video), 5.0, 8, preprocess)
+                      if segment is not None]
+            costs["decode"].append(clock() - begin)
+            begin = clock()
+            for i in range(0, len(frames), 16):
+                extract.embed(frames[i : i + 16], model, preprocess, 16)
+            costs["encode"].append(clock() - begin)
+            begin = clock()
+            parts = list(extract.extract(folder, videos, model, 5.0, 8, 16))
+            costs["extract"].append(clock() - begin)
+    wall, cpu = np.transpose([np.min(cost, axis=0) for cost in costs.values()])
+    n_segments = sum(part["lengths"][0] for part in parts)
+    for name, w, c in zip(costs, wall, cpu, strict=True):
+        print(f"{name:8} {w:7.1f} s wall {c:7.1f} s CPU")
+    print(f"decode / grab only, CPU           {cpu[1] / cpu[0]:.2f}  (at most 0.70)")
+    print(f"extract / (decode + encode), CPU  {cpu[3] / (cpu[1] + cpu[2]):.2f}  (at most 1.10)")
+    print(f"extract / max(decode, encode), wall  {wall[3] / wall[1:3].max():.2f}  "
+          "(at most 1.15 with a GPU or spare cores)")
+    print(f"{n_segments / wall[3]:.1f} segments/s, {n_videos * seconds / wall[3]:.1f} x real time")
+
+
+# ---- train --------------------------------------------------------------------------------------
+
+PAPER = dict(heads=16, decoder_dim=512, decoder_heads=16)  # and 32 + 8 layers, D = 1024
+
+
+def paper_lengths(videos, generator):
+    """Lengths like the paper's data: 60 % near 24 segments, 30 % near 56, 10 % at 256."""
+    kind = torch.rand(videos, generator=generator)
+    spread = torch.randn(videos, generator=generator)
+    lengths = torch.where(kind < 0.6, 24 + 4 * spread, 56 + 8 * spread).round().long().clamp(2, 256)
+    return torch.where(kind < 0.9, lengths, 256)
+
+
+class PaddedMAE(torch.nn.Module):
+    """What one would write instead: library layers, every sequence padded to 256 tokens."""
+
+    def __init__(self, dim, depth, decoder_depth):
+        super().__init__()
+
+        def layers(width, number):
+            make = torch.nn.TransformerEncoderLayer
+            options = dict(dropout=0, activation="gelu", batch_first=True, norm_first=True)
+            return torch.nn.ModuleList(make(width, 16, 4 * width, **options) for _ in range(number))
+
+        self.blocks, self.decoder_blocks = layers(dim, depth), layers(512, decoder_depth)
+        self.embed, self.pred = torch.nn.Linear(dim, 512), torch.nn.Linear(512, dim)
+        self.mask_token = torch.nn.Parameter(torch.zeros(512))
+        self.register_buffer("positions", model.sincos_positions(256, dim)[0, 1:])
+        self.register_buffer("decoder_positions", model.sincos_positions(256, 512)[0, 1:])
+
+    def forward(self, embeddings, lengths, is_masked):
+        x = F.pad(embeddings, (0, 0, 0, 256 - embeddings.shape[1]))  # (B, 256, D)
+        is_masked = F.pad(is_masked, (0, 256 - is_masked.shape[1])).to(x.device)
+        is_padding = torch.arange(256, device=x.device) >= lengths.to(x.device)[:, None]
+        order = (is_masked | is_padding).long().argsort(1, stable=True)  # visible ones first
+        spread = order[..., None].expand_as(x)
+        z = (x * x.shape[2] ** 0.5 + self.positions).gather(1, spread)
+        is_hidden = (is_masked | is_padding).gather(1, order)
+        for block in self.blocks:
+            z = block(z, src_key_padding_mask=is_hidden)
+        z = self.embed(z).masked_fill(is_hidden[..., None], 0)
+        z = torch.zeros_like(z).scatter(1, order[..., None].expand_as(z), z)
+        z = torch.where(is_masked[..., None], self.mask_token.to(z.dtype), z)
+        z = z + self.decoder_positions
+        for block in self.decoder_blocks:
+            z = block(z, src_key_padding_mask=is_padding)
+        distance = (self.pred(z) - x).square().sum(2)
+        return (distance * is_masked).sum() / is_masked.sum(), z
+
+
+def make_step(net, args, device):
+    """One training step, as train.py does it: a function of a batch."""
+    optimizer = train.make_optimizer(net, train.get_args(["--base-lr", "1e-9"]))
+
+    def step(lengths, generator):
+        x = torch.randn(len(lengths), int(lengths.max()), 1024, generator=generator)
+        x = F.normalize(x, dim=2) * (torch.arange(x.shape[1]) < lengths[:, None])[..., None]
+        is_masked = model.random_mask(x, lengths, 0.5, generator)
+        x = x.to(device)
+        return timed(lambda: train_once(x, lengths, is_masked), device)
+
+    def train_once(x, lengths, is_masked):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss, _ = net(x, lengths, is_masked)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def flops(lengths, depth, decoder_depth):
+    """Floating-point operations of a step on real tokens; backward costs twice forward."""
+    n = lengths.double() + 1
+    visible = n - (lengths * 0.5).round()
+    encoder = depth * (24 * 1024**2 * visible + 4 * 1024 * visible**2)
+    decoder = decoder_depth * (24 * 512**2 * n + 4 * 512 * n**2)
+    return 3 * (encoder + decoder + 2 * 1024 * 512 * (visible + n)).sum().item()
+
+
+def peak_memory(kind, args):
+    """Peak memory in GiB of one step in a process of its own."""
+    command = [sys.executable, __file__, "train", "--only", kind, "--depth", str(args.depth)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def bench_train(args):
+    """Steps of pre-training at the paper's sizes, against equal lengths, a matmul and padding."""
+    device = model.pick_device(args.device)
+    torch.set_float32_matmul_precision("high")
+    decoder_depth = max(1, args.depth // 4)
+    config = model.LVMAEConfig(1024, args.depth, decoder_depth=decoder_depth, **PAPER)
+    generator = torch.Generator().manual_seed(0)
+    make = {
+        "ours": lambda: model.LVMAE(config),
+        "padded": lambda: PaddedMAE(1024, args.depth, decoder_depth),
+    }
+    if args.only:  # called by peak_memory
+        make_step(make[args.only]().to(device), args, device)(
+            torch.tensor([24] * 10 + [56] * 4 + [256] * 2), generator
+        )
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else peak)
+        return
+    ours, padded = (make_step(make[kind]().to(device), args, device) for kind in ("ours", "padded"))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = (torch.randn(n, 1024, device=device, dtype=dtype) for n in (512, 4096))
+
+    print(f"D 1024, {args.depth} + {decoder_depth} layers, 16 videos a step, {device}")
+    columns = {name: [] for name in ("ragged / equal lengths", "of a matmul", "padded / ours")}
+    seconds = []
+    for round in range(args.rounds + 1):
+        lengths = paper_lengths(16, generator)
+        equal = torch.full((16,), round(lengths.double().mean().item()))
+        ragged_time, equal_time = ours(lengths, generator), ours(equal, generator)
+        matmul_time = min(timed(lambda: a @ b.T, device) for _ in range(20))
+        padded_time = padded(lengths, generator)
+        if round == 0:  # warm-up
+            continue
+        per_token = ragged_time / lengths.sum().item()
+        columns["ragged / equal lengths"].append(per_token / (equal_time / equal.sum().item()))
+        speed = flops(lengths, args.depth, decoder_depth) / ragged_time
+        columns["of a matmul"].append(speed / (2 * 512 * 4096 * 1024 / matmul_time))
+        columns["padded / ours"].append(padded_time / ragged_time)
+        seconds.append(per_token)
+    goals = "at most 1.15", "at least 0.70 on a CPU, 0.40 on a GPU", "at least 5"
+    print("                           min  median   max")
+    for (name, values), goal in zip(columns.items(), goals, strict=True):
+        row = min(values), statistics.median(values), max(values)
+        print("{:24} {:6.2f} {:6.2f} {:6.2f}  ({})".format(name, *row, goal))
+    memory = {kind: peak_memory(kind, args) for kind in make}
+    print(f"peak memory, GiB: ours {memory['ours']:.2f}, padded {memory['padded']:.2f}")
+
+    # How long the loop waits for its batches, as train.py draws them.
+    lengths = paper_lengths(160, generator)
+    rows = F.normalize(torch.randn(int(lengths.sum()), 1024), dim=1).half()
+    first = lengths.cumsum(0) - lengths
+    data = model.Data("", rows, lengths, first, None, [""] * 160, [], {})
+    options = train.get_args([])
+    batches = train.training_batches(
+        data, torch.arange(160), model.random_mask, options, 1, 10, slice(None)
+    )
+    net = model.LVMAE(config).to(device)
+    waited, begin = 0.0, time.perf_counter()
+    for _ in range(10):
+        before = time.perf_counter()
+        x, n, is_masked = next(batches)
+        waited += time.perf_counter() - before
+        net(x.to(device), n, is_masked)[0].backward()
+    print(f"waiting for data: {waited / (time.perf_counter() - begin):.1%} of the loop")
+    # Half of each video on average: crops are uniform between 2 segments and all.
+    tokens = 70_000 * 150 * (0.6 * 24 + 0.3 * 56 + 0.1 * 256) / 2
+    hours = tokens * statistics.median(seconds) * 32 / args.depth / 3600
+    print(f"70,000 videos, 150 epochs, 32 + 8 layers, on this machine: {hours:,.0f} hours")
+
+
+# ---- probe --------------------------------------------------------------------------------------
+
+
+def bench_probe(args):
+    """Features once, and an epoch of each head, at the size of COIN."""
+    videos, segments, classes, dim = args.videos, 28, 180, 512
+    device = model.pick_device(args.device)
+    lengths = torch.full((videos,), segments)
+    first = lengths.cumsum(0) - lengths
+    embeddings = F.normalize(torch.randn(videos * segments, dim), dim=1).half()
+    names = [str(i) for i in range(videos)]
+    data = model.Data("bench", embeddings, lengths, first, None, names, [], {})
+    config = model.LVMAEConfig(dim, 6, 8, 256, 2, 8)  # the compact preset
+    net = model.LVMAE(config).to(device).eval()
+    targets = torch.arange(videos) % classes
+    order = torch.arange(videos)
+    cut = order.tensor_split([videos * 3 // 5, videos * 4 // 5])
+    split = {name: part.tolist() for name, part in zip(("train", "val", "test"), cut, strict=True)}
+    begin = time.perf_counter()
+    probe.compute_features(data, net, device)
+    seconds = time.perf_counter() - begin
+    print(f"features of {videos:,} videos: {seconds:.1f} s on {device}", flush=True)
+    features = probe.compute_features(data, None, device)
+    warm = {"train": [0, 1], "val": [2], "test": [3]}
+    for row in ("raw linear", "raw attentive", "transformer", "mamba"):
+        probe.fit(row, features, data, targets, warm, 0, probe.get_args(["--epochs", "1"]), device)
+        seconds = []
+        for epochs in (1, 2):  # their difference: an epoch with its validation, not start and test
+            options = probe.get_args(["--epochs", str(epochs)])
+            begin = time.perf_counter()
+            probe.fit(row, features, data, targets, split, 0, options, device)
+            seconds.append(time.perf_counter() - begin)
+        print(f"{row.split()[-1]:12} {seconds[1] - seconds[0]:7.1f} s an epoch", flush=True)
+
+
+# ---- retrieve -----------------------------------------------------------------------------------
+
+
+def bench_retrieve(args):
+    """Search a million captions for ten thousand queries, against the matrix products alone."""
+    captions, queries, dim, top_k = args.captions, 10_000, 512, 5
+    torch.manual_seed(0)
+    Q = F.normalize(torch.randn(queries, dim), dim=1)
+    parts = range(captions // 50_000)
+    C = torch.cat([F.normalize(torch.randn(50_000, dim), dim=1).half() for _ in parts])
+    truth = torch.randint(len(C), (queries,))
+
+    def multiply(q):
+        for block in C.split(2048):
+            q @ block.float().T
+
+    seconds = {"matmul": 0.0, "search": 0.0}
+    for q, t in zip(Q.split(1024), truth.split(1024), strict=True):  # in turns: machines are noisy
+        begin = time.perf_counter()
+        multiply(q)
+        seconds["matmul"] += time.perf_counter() - begin
+        begin = time.perf_counter()
+        retrieve.search(q, C, t, top_k, "cpu")
+        seconds["search"] += time.perf_counter() - begin
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{queries:,} queries, {len(C):,} captions of size {dim}, top {top_k}")
+    print(f"matmul {seconds['matmul']:.1f} s, search {seconds['search']:.1f} s")
+    print(f"search / matmul  {seconds['search'] / seconds['matmul']:.2f}  (at most 1.30)")
+    print(f"peak memory {peak:.1f} GiB")
+
+
+if __name__ == "__main__":
+    args = get_args()
+    globals()[f"bench_{args.stage}"](args)
