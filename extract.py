@@ -7,12 +7,11 @@ embedding. Here that is an image tower of open_clip and the mean over the frames
     python extract.py videos/ out.npz --model FOLDER        # an open_clip model on disk
     torchrun --nproc-per-node 2 extract.py videos/ out.npz  # two processes share the videos
 
-It ends with "97 of 100 videos, 4,812 segments; 3 failed:" and the list of these; on a CPU, ViT-B-32
-takes 1.6 core seconds per segment of 720p video. If it is stopped, the same command goes on from
-there. Processes on one file system split the videos by RANK and WORLD_SIZE, which torchrun sets; the
-last to finish writes out.npz, V videos of S segments in all: embeddings (S, D) float16 of unit
-length, lengths (V,) in segments, starts (S,) in seconds, videos (V,) paths, labels (V,) names of the
-folders that hold them, and meta, JSON.
+It ends with "97 of 100 videos, 4,812 segments; 3 failed:" and the list of these; ViT-B-32 takes 1.6
+core seconds per segment of 720p video. If it is stopped, the same command goes on from there.
+Processes on one file system split the videos by RANK and WORLD_SIZE, which torchrun sets; the last
+to finish writes out.npz, V videos of S segments in all: embeddings (S, D) float16 of unit length,
+lengths (V,), starts (S,) in seconds, videos (V,) paths, labels (V,) folder names, and meta, JSON.
 """
 
 import argparse
