@@ -39,7 +39,8 @@ def get_args(argv=None):
     add("--labels", default="folders", help="'folders' or 'breakfast' (both read off the paths), "
         "an LVU or Breakfast folder, COIN.json or a CSV of video,label[,split]")
     add("--regression", action="store_true", help="labels are numbers (LVU's counts always are)")
-    add("--head", default="attentive", choices=["linear", "attentive", "transformer", "mamba"])
+    add("--head", default="attentive", help="what is trained",
+        choices=["linear", "attentive", "transformer", "mamba"])
     add("--features", default="lvmae", choices=["lvmae", "raw"], help="of linear and attentive")
     add("--compare", action="store_true", help="all heads")
     add("--runs", type=int, default=3, help="runs, with seeds --seed, --seed + 1, ...")

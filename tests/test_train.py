@@ -72,7 +72,7 @@ def test_training_learns_and_says_so(uninterrupted):
     assert not list(folder.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("epochs_before_kill", [0, 1, 4])
+@pytest.mark.parametrize("epochs_before_kill", [0, 3])
 def test_resume_after_sigkill_is_exact(uninterrupted, tmp_path, epochs_before_kill):
     """Catches anything that a kill loses: weights, moments, schedule, the state of randomness."""
     folder, _ = uninterrupted
@@ -164,24 +164,27 @@ def test_biases_and_norms_do_not_decay():
     assert {p.ndim for p in decay["params"]} == {2, 3} and decay["weight_decay"] == 0.05
 
 
-def test_long_crops(tmp_path):
+def test_long_crops(tmp_path, monkeypatch):
     """Catches sizes that stop at 256 segments."""
+    monkeypatch.chdir(tmp_path)
     D, n = 16, 1080
     rows = np.eye(D)[np.arange(3 * n) % D].astype(np.float16)
-    np.savez(tmp_path / "out.npz", embeddings=rows, lengths=[n] * 3, videos=["a", "b", "c"])
-    run(tmp_path, "--max-segments", n, "--epochs", 1)
-    config = torch.load(tmp_path / "lvmae.pt", weights_only=True)["config"]
+    np.savez("out.npz", embeddings=rows, lengths=[n] * 3, videos=["a", "b", "c"])
+    train.main(train.get_args(f"{SMALL} --max-segments {n} --epochs 1".split()))
+    config = torch.load("lvmae.pt", weights_only=True)["config"]
     assert config["max_segments"] == n
 
 
-def test_not_a_number_stops_and_keeps_the_checkpoint(uninterrupted, tmp_path):
+def test_not_a_number_stops_and_keeps_the_checkpoint(uninterrupted, tmp_path, monkeypatch):
     """Catches a broken run that overwrites the last good checkpoint."""
     folder, _ = uninterrupted
     for name in ("out.npz", "lvmae.pt", "lvmae.jsonl"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     before = (tmp_path / "lvmae.pt").read_bytes()
-    done = run(tmp_path, "--epochs", 2, "--base-lr", 1e30, "--warmup-epochs", 0, check=False)
-    assert done.returncode == 1 and "the loss is" in done.stderr.splitlines()[-1]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="the loss is"):
+        flags = f"{SMALL} --epochs 2 --base-lr 1e30 --warmup-epochs 0"
+        train.main(train.get_args(flags.split()))
     assert (tmp_path / "lvmae.pt").read_bytes() == before
 
 
