@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -90,3 +91,23 @@ def test_example_of_languagebind(tmp_path, monkeypatch):
     assert data.videos == ["one", "two"] and data.lengths.tolist() == [13, 3]
     assert data.starts.tolist() == [5.0 * i for n in (13, 3) for i in range(n)]
     assert np.array_equal(data.embeddings[:13], np.eye(16)[:13])
+
+
+def test_example_of_captions(tmp_path, monkeypatch):
+    """Catches an example whose captions are not those of the segments."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "videos").mkdir()
+    size = (64, 48)
+    fourcc = cv2.VideoWriter_fourcc(*"mp4v")
+    writer = cv2.VideoWriter("videos/a.mp4", fourcc, 4, size)
+    for i in range(60):
+        writer.write(np.full((48, 64, 3), 60 * (1 + i // 20), np.uint8))
+    writer.release()
+    np.savez("out.npz", embeddings=np.eye(3, 8), lengths=[3], videos=["a.mp4"])
+    exec(snippets()[2], {})
+    captions = open("captions.csv").read().splitlines()
+    assert captions[0] == "video,start,caption" and len(captions) == 4
+    for i, line in enumerate(captions[1:]):
+        assert line.startswith(f"a.mp4,{5.0 * i},a picture")
+        numbers = [float(n) for n in re.findall(r"[\d.]+(?=[. \]])", line.split("colour of")[1])]
+        assert all(abs(n - 60 * (i + 1)) < 15 for n in numbers), line
