@@ -48,7 +48,7 @@ def get_args(argv=None):
     add("--epochs", type=int, help="None: 30 for linear (Table 6), 20 for the others (Table 7)")
     add("--lr", type=float, help="None: 1e-3, and for linear the best of 1e-4, 1e-3, 1e-2")
     add("--gamma", type=float, help="its factor per epoch; None: 1 for linear, 0.9 for the others")
-    add("--batch-size", type=int, default=16, help="videos")
+    add("--batch-size", type=int, default=16, help="videos per step")
     add("--json", help="also write the table to this file")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser.parse_args(argv)
