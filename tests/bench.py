@@ -166,7 +166,7 @@ class PaddedMAE(torch.nn.Module):
         x = F.pad(embeddings, (0, 0, 0, 256 - embeddings.shape[1]))  # (B, 256, D)
         is_masked = F.pad(is_masked, (0, 256 - is_masked.shape[1])).to(x.device)
         is_padding = torch.arange(256, device=x.device) >= lengths.to(x.device)[:, None]
-        order = (is_masked | is_padding).long().argsort(1, stable=True)  # visible ones first
+        order = (is_masked | is_padding).long().argsort(dim=1, stable=True)  # visible ones first
         spread = order[..., None].expand_as(x)
         z = (x * x.shape[2] ** 0.5 + self.positions).gather(1, spread)
         is_hidden = (is_masked | is_padding).gather(1, order)
@@ -233,8 +233,11 @@ def bench_train(args):
         make_step(make[args.only]().to(device), args, device)(
             torch.tensor([24] * 10 + [56] * 4 + [256] * 2), generator
         )
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else peak)
+        if device.type == "cuda":
+            print(torch.cuda.max_memory_allocated() / 2**30)
+        else:  # not ru_maxrss, which a process inherits from the one that started it
+            status = Path("/proc/self/status").read_text()
+            print(int(status.split("VmHWM:")[1].split()[0]) / 2**20)
         return
     ours, padded = (make_step(make[kind]().to(device), args, device) for kind in ("ours", "padded"))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -243,13 +246,13 @@ def bench_train(args):
     print(f"D 1024, {args.depth} + {decoder_depth} layers, 16 videos a step, {device}")
     columns = {name: [] for name in ("ragged / equal lengths", "of a matmul", "padded / ours")}
     seconds = []
-    for round in range(args.rounds + 1):
+    for count in range(args.rounds + 1):
         lengths = paper_lengths(16, generator)
         equal = torch.full((16,), round(lengths.double().mean().item()))
         ragged_time, equal_time = ours(lengths, generator), ours(equal, generator)
         matmul_time = min(timed(lambda: a @ b.T, device) for _ in range(20))
         padded_time = padded(lengths, generator)
-        if round == 0:  # warm-up
+        if count == 0:  # warm-up
             continue
         per_token = ragged_time / lengths.sum().item()
         columns["ragged / equal lengths"].append(per_token / (equal_time / equal.sum().item()))
