@@ -285,7 +285,8 @@ def main(args):
     files = args.data if is_shared else args.data[rank::world]
     share = slice(rank, None, world) if is_shared else slice(None)
     data, train, val = read_videos(files, args.val_share, args.seed)
-    videos = len(train) if is_shared else int(total(torch.tensor(len(train), device=device)))
+    counts = torch.tensor([len(train), len(val)], device=device)  # of this process, or of all
+    videos, held_out = (counts if is_shared else total(counts)).tolist()
     steps = max(1, round(videos / (args.batch_size * world)))  # in an epoch
     if len(train[share]) < steps:
         raise SystemExit(f"{', '.join(files)}: too few videos for {world} processes")
@@ -309,7 +310,7 @@ def main(args):
     net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
 
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    say(f"{videos} videos to train on, {len(val)} to validate on")
+    say(f"{videos} videos to train on, {held_out} to validate on")
     say(f"{size:.1f} M parameters on {device}, {steps} steps an epoch")
     best = 0
     for name in ("visible mean", "interpolation", "average of both"):

@@ -110,7 +110,7 @@ def test_each_process_reads_its_share_of_the_files(tmp_path):
     """Catches a process that reads all files, and checkpoints that lose some of their names."""
     files = [write_npz(tmp_path / f"part{i}.npz", videos=20, seed=i) for i in range(3)]
     done = run(tmp_path, "--data", *files, "--epochs", 1, "--batch-size", 8, processes=2)
-    assert "54 videos to train on" in done.stdout
+    assert "54 videos to train on, 6 to validate on" in done.stdout
     checkpoint = torch.load(tmp_path / "lvmae.pt", weights_only=True)
     assert sorted(checkpoint["data"]) == ["part0.npz", "part1.npz", "part2.npz"]
 
