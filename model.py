@@ -8,7 +8,7 @@ embeddings are masked; an encoder sees the others, and a small decoder predicts 
     predictions (B, N, D) <-- decoder <-- mask tokens at the masked places
 
 The letters in shape comments, here and in the other scripts:
-    B videos, N segments of the longest of them, D size of an embedding, S segments of all videos,
+    B videos, N segments of the longest of them, D size of an embedding, S segments of all V videos,
     T tokens of a batch without any padding, H attention heads, G videos of a group, L tokens of its
     longest video.
 
@@ -50,53 +50,53 @@ def load_data(path):
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
+            arrays = dict(file)
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such file: make it with extract.py") from None
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise SystemExit(f"{path}: not an npz of plain arrays ({error})") from None
 
     def check(is_right, key, found, expected):
         if not is_right:
             raise SystemExit(f"{path}: key '{key}': found {found}, expected {expected}")
 
-    def check_shape(key, kinds, shape, meaning):
-        x = arrays[key]
-        is_right = x.dtype.kind in kinds and len(x.shape) == len(shape)
-        is_right = is_right and all(n in (None, m) for m, n in zip(x.shape, shape, strict=True))
-        check(is_right, key, f"{x.dtype} {x.shape}", meaning)
-
-    for key in ("embeddings", "lengths", "videos"):
-        check(key in arrays, key, f"only {sorted(arrays)}", "this key")
-    check_shape("embeddings", "f", (None, None), "float (S, D)")
-    check_shape("lengths", "iu", (None,), "whole numbers (V,)")
-    S, V, lengths = len(arrays["embeddings"]), len(arrays["lengths"]), arrays["lengths"]
-    check(V > 0 and lengths.min() > 0, "lengths", lengths[:9], "videos of at least one segment")
+    sizes = {}  # each letter below stands for one number
+    for key, kinds, shape, meaning in (
+        ("embeddings", "f", "SD", "float (S, D)"),
+        ("lengths", "iu", "V", "whole numbers (V,)"),
+        ("videos", "U", "V", "text (V,)"),
+        ("labels", "U", "V", "text (V,)"),
+        ("starts", "f", "S", "float (S,)"),
+    ):
+        is_optional = key in ("labels", "starts")
+        check(key in arrays or is_optional, key, f"only {sorted(arrays)}", "this key")
+        if key in arrays:
+            x = arrays[key]
+            is_right = x.dtype.kind in kinds and len(x.shape) == len(shape)
+            agree = [sizes.setdefault(a, n) == n for a, n in zip(shape, x.shape, strict=False)]
+            found, expected = f"{x.dtype} {x.shape}", f"{meaning}, with {sizes}"
+            check(is_right and all(agree), key, found, expected)
+    S, V, lengths = sizes["S"], sizes["V"], torch.from_numpy(arrays["lengths"].astype(np.int64))
+    check(V > 0 and lengths.min() > 0, "lengths", f"{lengths[:9]}", "at least one segment each")
     check(lengths.sum() == S, "lengths", f"sum {lengths.sum()}", f"the {S} rows of 'embeddings'")
-    arrays = {"labels": np.full(V, ""), "starts": None, "meta": "{}"} | arrays
-    check_shape("videos", "U", (V,), f"text ({V},)")
-    check_shape("labels", "U", (V,), f"text ({V},)")
-    check(len(set(arrays["videos"])) == V, "videos", "a name twice", "each name once")
-    for begin in range(0, S, 100_000):  # in pieces: a float32 copy of the whole may not fit
-        rows = arrays["embeddings"][begin : begin + 100_000].astype(np.float32)
-        norm = np.linalg.norm(rows, axis=1)
-        bad = np.flatnonzero(~(np.abs(norm - 1) < 0.01))  # also where it is not a number
-        found = f"length {norm[bad[0]]:.3g} in row {begin + bad[0]}" if len(bad) else ""
-        check(not len(bad), "embeddings", found, "finite rows of length 1: divide by the norm")
+    videos = arrays["videos"].tolist()
+    check(len(set(videos)) == V, "videos", "a name twice", "each name once")
+    for row in range(0, S, 100_000):  # in pieces: a float32 copy of the whole may not fit
+        norm = np.linalg.norm(arrays["embeddings"][row : row + 100_000].astype(np.float32), axis=1)
+        worst = np.nan_to_num(np.abs(norm - 1), nan=np.inf).argmax()
+        found = f"length {norm[worst]:.3g} in row {row + worst}"
+        check(abs(norm[worst] - 1) < 0.01, "embeddings", found, "length 1: divide by the norm")
     try:
-        meta = json.loads(str(arrays["meta"]))
+        meta = json.loads(str(arrays.get("meta", "{}")))
     except json.JSONDecodeError:
         check(False, "meta", repr(str(arrays["meta"])[:40]), "JSON")
 
-    lengths = torch.from_numpy(lengths.astype(np.int64))
-    first = lengths.cumsum(0) - lengths
-    if arrays["starts"] is None:
-        place = torch.arange(S) - first.repeat_interleave(lengths)  # (S,) in its own video
-        arrays["starts"] = (place * meta.get("segment_seconds", 5)).float().numpy()
-    check_shape("starts", "f", (S,), f"float ({S},)")
     embeddings = torch.from_numpy(arrays["embeddings"].astype(np.float16, copy=False))
-    starts = torch.from_numpy(arrays["starts"].astype(np.float32))
-    videos, labels = arrays["videos"].tolist(), arrays["labels"].tolist()
+    first = lengths.cumsum(0) - lengths  # (V,)
+    place = torch.arange(S) - first.repeat_interleave(lengths)  # (S,) in its own video
+    starts = arrays.get("starts", (place * meta.get("segment_seconds", 5.0)).numpy())
+    starts = torch.from_numpy(starts.astype(np.float32))
+    labels = arrays["labels"].tolist() if "labels" in arrays else [""] * V
     return Data(path, embeddings, lengths, first, starts, videos, labels, meta)
 
 
@@ -146,22 +146,19 @@ def trivial_predictions(embeddings, lengths, is_masked):
 
     Same arguments as LVMAE.forward, all on the CPU -> {name: (B, N, D)}.
     """
-    index = torch.arange(embeddings.shape[1])  # (N,)
+    N = embeddings.shape[1]
+    index = torch.arange(N)
     is_visible = (index < lengths[:, None]) & ~is_masked  # (B, N)
     mean = (embeddings * is_visible[..., None]).sum(1) / is_visible.sum(1)[:, None]  # (B, D)
     mean = mean[:, None].expand_as(embeddings)  # (B, N, D)
 
-    # Index of the nearest visible segment at or before, and at or after, each place: (B, N).
-    before = torch.where(is_visible, index, -1).cummax(1).values
-    after = torch.where(is_visible, index, len(index)).flip(1).cummin(1).values.flip(1)
-    has_both = (before >= 0) & (after < len(index))
-    weight = torch.where(has_both, (index - before) / (after - before).clamp(min=1), 0.5)
-    before, after = (
-        torch.where(before >= 0, before, after),  # at the ends, where one of them
-        torch.where(after < len(index), after, before),  # is missing, the other one counts
-    )
-    left = embeddings.gather(1, before[..., None].expand_as(embeddings))
-    right = embeddings.gather(1, after[..., None].expand_as(embeddings))
+    # Index of the nearest visible segment at or before, and at or after, each place: (B, N). At
+    # the ends of a video, where one of them is missing, the other one stands for both.
+    before = index.where(is_visible, -1).cummax(1).values
+    after = index.where(is_visible, N).flip(1).cummin(1).values.flip(1)
+    before, after = before.where(before >= 0, after), after.where(after < N, before)
+    weight = (index - before) / (after - before).clamp(min=1)  # (B, N)
+    left, right = (embeddings.gather(1, i[..., None].expand_as(mean)) for i in (before, after))
     line = left + weight[..., None] * (right - left)  # (B, N, D)
     return {"visible mean": mean, "interpolation": line, "average of both": (mean + line) / 2}
 
@@ -194,21 +191,15 @@ def group_tokens(is_token, device):
         member = size_class == size
         index = torch.arange(int(count[member].max()))  # (L,)
         is_key.append(index < count[member][:, None])  # (G, L)
-        gather.append((begin[member][:, None] + index) * is_key[-1])  # (G, L)
-    is_real = torch.cat([k.flatten() for k in is_key])
-    token = torch.cat([g.flatten() for g in gather])[is_real]  # (T,) in the order of the groups
-    restore = is_real.nonzero()[:, 0][token.argsort()]  # (T,)
+        gather.append(torch.where(is_key[-1], begin[member][:, None] + index, count.sum()))
+    restore = torch.cat([g.flatten() for g in gather]).argsort()[: count.sum()]  # (T,)
 
     def to(x):  # a copy from pinned memory queues behind the GPU's work, and nobody waits for it
-        x = x.pin_memory() if device.type == "cuda" else x
-        return x.to(device, non_blocking=True)
+        return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
-    return Groups(
-        rows=to(is_token.flatten().nonzero()[:, 0]),
-        gather=[to(g) for g in gather],
-        is_key=[None if k.all() else to(k[:, None, None]) for k in is_key],
-        restore=to(restore),
-    )
+    gather = [to(g * k) for g, k in zip(gather, is_key, strict=True)]  # 0 at padding
+    is_key = [None if k.all() else to(k[:, None, None]) for k in is_key]
+    return Groups(to(is_token.flatten().nonzero()[:, 0]), gather, is_key, to(restore))
 
 
 def find_tokens(N, lengths, is_masked=None):
@@ -271,9 +262,8 @@ def sincos_positions(length, dim):
 
 def positions(buffer, N):
     """The stored positions of N segments, or the formula where the video is longer than those."""
-    if N < buffer.shape[1]:
-        return buffer[:, : N + 1]
-    return sincos_positions(N, buffer.shape[2]).to(buffer)
+    is_longer = N >= buffer.shape[1]
+    return sincos_positions(N, buffer.shape[2]).to(buffer) if is_longer else buffer[:, : N + 1]
 
 
 @dataclass
@@ -307,9 +297,8 @@ class LVMAE(nn.Module):
         self.decoder_embed = nn.Linear(c.dim, c.decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_dim))
         self.register_buffer("decoder_pos_embed", sincos_positions(c.max_segments, c.decoder_dim))
-        self.decoder_blocks = nn.ModuleList(
-            Block(c.decoder_dim, c.decoder_heads) for _ in range(c.decoder_depth)
-        )
+        layers = (Block(c.decoder_dim, c.decoder_heads) for _ in range(c.decoder_depth))
+        self.decoder_blocks = nn.ModuleList(layers)
         self.decoder_norm = nn.LayerNorm(c.decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(c.decoder_dim, c.dim)
 
@@ -369,23 +358,22 @@ def load_checkpoint(path, data, device):
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config = LVMAEConfig(**checkpoint["config"])
-        model = LVMAE(config)
+        model = LVMAE(LVMAEConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such file: make it with train.py") from None
-    except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise SystemExit(f"{path}: not a checkpoint of train.py ({reason})") from None
-    D = data.embeddings.shape[1]
-    if config.dim != D:
-        raise SystemExit(f"{path}: trained on embeddings of size {config.dim}, {data.path} has {D}")
+    found, expected = data.embeddings.shape[1], model.config.dim
+    if found != expected:
+        raise SystemExit(f"{path}: for embeddings of size {expected}, {data.path} has {found}")
     return model.to(device).eval()
 
 
 def pick_device(name):
     """'auto' is the first of cuda, mps and cpu that is there."""
-    if name != "auto":
-        return torch.device(name)
-    has_mps = torch.backends.mps.is_available()
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+    if name == "auto":
+        has_mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    return torch.device(name)

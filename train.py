@@ -25,37 +25,21 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import (
-    LVMAE,
-    LVMAEConfig,
-    load_data,
-    pad,
-    pick_device,
-    random_mask,
-    semantic_mask,
-    trivial_predictions,
-)
+import model as lvmae
 
 PRESETS = {
     # Table 5 and section 7; 16 videos per process, on 8 GPUs.
-    "paper": dict(
-        depth=32, heads=16, decoder_dim=512, decoder_depth=8, decoder_heads=16,
-        epochs=150, warmup_epochs=40, base_lr=1.5e-4,
-    ),
+    "paper": dict(depth=32, heads=16, decoder_dim=512, decoder_depth=8, decoder_heads=16,
+                  epochs=150, warmup_epochs=40, base_lr=1.5e-4),
     # For a few hundred videos on a CPU.
-    "compact": dict(
-        depth=6, heads=8, decoder_dim=256, decoder_depth=2, decoder_heads=8,
-        epochs=120, warmup_epochs=5, base_lr=8e-3,
-    ),
-}  # fmt: skip
+    "compact": dict(depth=6, heads=8, decoder_dim=256, decoder_depth=2, decoder_heads=8,
+                    epochs=120, warmup_epochs=5, base_lr=8e-3),
+}
 
 
 def get_args(argv=None):
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description="Pre-train LV-MAE on segment embeddings.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    """Read the command line."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     # files
     add("--data", nargs="+", default=["out.npz"], metavar="FILE", help="npz files of extract.py")
@@ -86,8 +70,7 @@ def get_args(argv=None):
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
     add("--seed", type=int, default=0, help="of weights, split, crops and masks")
 
-    preset = PRESETS[parser.parse_known_args(argv)[0].preset]
-    parser.set_defaults(**preset)
+    parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].preset])
     args = parser.parse_args(argv)
     if args.mask_ratio is None:
         args.mask_ratio = {"random": 0.4, "semantic": 0.5}[args.mask]  # the best of Figure 2
@@ -106,8 +89,7 @@ def read_videos(files, val_share, seed):
 
     Each file is split by itself, so the split does not depend on which process reads which file.
     """
-    parts = [load_data(path) for path in files]
-    train, val, offset = [], [], 0
+    parts, train, val, offset = [lvmae.load_data(path) for path in files], [], [], 0
     for part in parts:
         D, expected = part.embeddings.shape[1], parts[0].embeddings.shape[1]
         if D != expected:
@@ -117,13 +99,12 @@ def read_videos(files, val_share, seed):
         if number >= len(usable):
             raise SystemExit(f"{part.path}: {len(usable)} videos of 2 or more segments: too few")
         order = usable[torch.randperm(len(usable), generator=seeded(seed))] + offset
-        val.append(order[:number])
-        train.append(order[number:])
+        val, train = [*val, order[:number]], [*train, order[number:]]
         offset += len(part.videos)
-    lengths = torch.cat([part.lengths for part in parts])
-    embeddings = torch.cat([part.embeddings for part in parts])
-    first = lengths.cumsum(0) - lengths
-    data = parts[0]._replace(embeddings=embeddings, lengths=lengths, first=first)
+    embeddings, lengths = (torch.cat([getattr(part, key) for part in parts])
+                           for key in ("embeddings", "lengths"))
+    data = parts[0]._replace(embeddings=embeddings, lengths=lengths,
+                             first=lengths.cumsum(0) - lengths)
     return data, torch.cat(train), torch.cat(val)
 
 
@@ -138,7 +119,7 @@ def validation_batches(data, videos, mask, args):
     batches = []
     for batch in videos.split(args.batch_size):
         lengths, first = data.lengths[batch].clamp(max=args.max_segments), data.first[batch]
-        x = pad(data.embeddings, first, lengths)  # (B, N, D)
+        x = lvmae.pad(data.embeddings, first, lengths)  # (B, N, D)
         batches.append((lengths, first, mask(x, lengths, args.mask_ratio, seeded(args.seed))))
     return batches
 
@@ -151,7 +132,7 @@ def training_batches(data, videos, mask, args, epoch, steps, share):
     def assemble(step):
         lengths, first = data.lengths[order[step]], data.first[order[step]]
         lengths, first = crop(lengths, first, args.max_segments, generator)
-        x = pad(data.embeddings, first, lengths)  # (B, N, D)
+        x = lvmae.pad(data.embeddings, first, lengths)  # (B, N, D)
         is_masked = mask(x, lengths, args.mask_ratio, generator)  # (B, N)
         x = x[share].pin_memory() if torch.cuda.is_available() else x[share]
         return x, lengths[share], is_masked[share]
@@ -180,11 +161,10 @@ def crop(lengths, first, max_segments, generator):
 
 def make_optimizer(model, args):
     """AdamW of Table 5; biases and norms do not decay."""
-    parameters = list(model.parameters())
-    groups = [
-        dict(params=[p for p in parameters if p.ndim > 1], weight_decay=args.weight_decay),
-        dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0),
-    ]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [dict(params=matrices, weight_decay=args.weight_decay),
+              dict(params=vectors, weight_decay=0.0)]
     return torch.optim.AdamW(groups, betas=(args.beta1, args.beta2), fused=True)
 
 
@@ -229,7 +209,7 @@ def evaluate(predict, data, batches, device):
     """Mean loss of Eq. (3) and mean cosine over the masked segments of the validation videos."""
     sums = torch.zeros(3)  # squared distance, cosine, number of masked segments
     for lengths, first, is_masked in batches:
-        x = pad(data.embeddings, first, lengths)  # (B, N, D)
+        x = lvmae.pad(data.embeddings, first, lengths)  # (B, N, D)
         predictions = predict(x.to(device), lengths, is_masked).cpu()  # (B, N, D)
         distance = (predictions - x).square().sum(2)  # (B, N)
         cosine = F.cosine_similarity(predictions, x, dim=2)  # (B, N)
@@ -270,7 +250,7 @@ def resume(args, origin, model, optimizer):
 
 def main(args):
     """Train; write a line of the log and a checkpoint after each epoch."""
-    device, rank, world = pick_device(args.device), 0, 1
+    device, rank, world = lvmae.pick_device(args.device), 0, 1
     if "RANK" in os.environ:  # torchrun started this process
         if device.type == "cuda":
             torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
@@ -290,17 +270,16 @@ def main(args):
     steps = max(1, round(videos / (args.batch_size * world)))  # in an epoch
     if len(train[share]) < steps:
         raise SystemExit(f"{', '.join(files)}: too few videos for {world} processes")
-    mask = {"random": random_mask, "semantic": semantic_mask}[args.mask]
+    mask = {"random": lvmae.random_mask, "semantic": lvmae.semantic_mask}[args.mask]
     val_batches = validation_batches(data, val, mask, args)[share]
 
     torch.manual_seed(args.seed)
-    config = LVMAEConfig(
+    config = lvmae.LVMAEConfig(
         data.embeddings.shape[1], args.depth, args.heads, args.decoder_dim, args.decoder_depth,
-        args.decoder_heads, args.max_segments, args.input_scale,
-    )  # fmt: skip
+        args.decoder_heads, args.max_segments, args.input_scale)
     if config.dim % config.heads:
         raise SystemExit(f"--heads {config.heads}: must divide {config.dim}, the embedding size")
-    model = LVMAE(config).to(device)
+    model = lvmae.LVMAE(config).to(device)
     optimizer = make_optimizer(model, args)
     origin, done = digests(args.data), 0
     if args.resume and os.path.exists(args.out):
@@ -314,7 +293,7 @@ def main(args):
     say(f"{size:.1f} M parameters on {device}, {steps} steps an epoch")
     best = 0
     for name in ("visible mean", "interpolation", "average of both"):
-        guess = lambda x, *batch: trivial_predictions(x.cpu(), *batch)[name]  # noqa: B023, E731
+        guess = lambda x, *batch: lvmae.trivial_predictions(x.cpu(), *batch)[name]  # noqa: B023, E731
         loss, cosine = evaluate(guess, data, val_batches, device)
         say(f"trivial predictor: {name:<15}  val loss {loss:.4f}  cosine {cosine:.4f}")
         best = max(best, cosine)
@@ -336,18 +315,15 @@ def main(args):
         val_loss, cosine = evaluate(lambda *b: model(*b)[1], data, val_batches, device)
         lr = optimizer.param_groups[0]["lr"]
         eta = (time.time() - begin) / (epoch - done) * (args.epochs - epoch) / 60
-        say(
-            f"epoch {epoch:3}/{args.epochs}  loss {loss:.4f}  val loss {val_loss:.4f}  "
-            f"cosine {cosine:.4f}  lr {lr:.1e}  {speed:,.0f} segments/s  ETA {eta:.1f} min"
-        )
+        say(f"epoch {epoch:3}/{args.epochs}  loss {loss:.4f}  val loss {val_loss:.4f}  "
+            f"cosine {cosine:.4f}  lr {lr:.1e}  {speed:,.0f} segments/s  ETA {eta:.1f} min")
         if rank == 0:
             record = dict(epoch=epoch, loss=loss, val_loss=val_loss, cosine=cosine, lr=lr)
             with open(log, "a") as file:
                 print(json.dumps(record), file=file)
-            checkpoint = dict(
-                model=model.state_dict(), config=asdict(config), optimizer=optimizer.state_dict(),
-                epoch=epoch, args=vars(args), data=origin, encoder=data.meta,
-            )  # fmt: skip
+            checkpoint = dict(model=model.state_dict(), config=asdict(config),
+                              optimizer=optimizer.state_dict(), epoch=epoch, args=vars(args),
+                              data=origin, encoder=data.meta)
             torch.save(checkpoint, args.out + ".tmp")  # then moved: --out is always whole
             os.replace(args.out + ".tmp", args.out)
     say(f"{args.out}: {args.epochs} epochs, validation cosine {cosine:.4f}, trivial {best:.4f}")
