@@ -44,7 +44,7 @@ PLACES = {  # colours of the upper and the lower half
 OBJECTS = [f"a {colour} {shape}" for shape in SHAPES for colour in COLOURS]
 CAPTIONS = [f"{thing} {place}" for place in PLACES for thing in OBJECTS]
 CLIP_CONFIG = {
-    "embed_dim": 64,
+    "embed_dim": 128,
     "vision_cfg": {"image_size": SIZE, "layers": 2, "width": 128, "patch_size": 16},
     "text_cfg": {"context_length": 16, "width": 32, "heads": 2, "layers": 1},
 }
@@ -170,8 +170,7 @@ def run_scripts(folder, epochs, seed):
     found = {stage: folder / f"{stage}.json" for stage in ("retrieve", "probe")}
     for command in (
         f"extract.py {videos} {data} --model {folder / 'clip'} --batch-size 128",
-        f"train.py --data {data} --out {ckpt} --mask semantic --epochs {epochs} --seed {seed}"
-        " --decoder-dim 128 --base-lr 2e-2",  # narrow embeddings bear a larger rate
+        f"train.py --data {data} --out {ckpt} --mask semantic --epochs {epochs} --seed {seed}",
         f"probe.py --data {data} --ckpt {ckpt} --compare --json {found['probe']} --seed {seed}",
         f"retrieve.py --data {data} --ckpt {ckpt} --captions {folder / 'captions.csv'}"
         f" --mask semantic --mask-ratio 0.5 --json {found['retrieve']} --seed {seed}",
