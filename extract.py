@@ -1,6 +1,6 @@
 """Stage 1 of LV-MAE: cut every video of a folder into 5-second segments and embed each of them.
 
-Section 3.1: a video is N consecutive segments of T frames; a frozen encoder turns each into one
+Section 3.1: a video is N consecutive segments of frames; a frozen encoder turns each into one
 embedding. Here that is an image tower of open_clip and the mean over the frames of a segment.
 
     python extract.py videos/ out.npz                       # ViT-B-32, downloaded on first use
@@ -23,6 +23,7 @@ import shutil
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from urllib.request import getproxies
 
 import cv2
@@ -40,20 +41,21 @@ VIDEO_ENDINGS = (".3gp", ".asf", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv"
 
 def get_args(argv=None):
     """Read the command line."""
-    p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("videos", help="folder of videos, searched with its subfolders")
-    p.add_argument("out", help="npz file to write")
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("videos", help="folder of videos, searched with its subfolders")
+    add("out", help="npz file to write")
     # Encoder
-    p.add_argument("--model", default="ViT-B-32", help="open_clip model: a name, or its folder")
-    p.add_argument("--pretrained", default="datacomp_xl_s13b_b90k", help="weights of a model name: "
-                   "open_clip tag, or file (normalised as OpenAI's; a folder knows its own way)")
+    add("--model", default="ViT-B-32", help="open_clip model: a name, or its folder")
+    add("--pretrained", default="datacomp_xl_s13b_b90k", help="weights of a model name: open_clip "
+        "tag, or file (then normalised as OpenAI's are; a folder knows its own way)")
     # Segments
-    p.add_argument("--segment-seconds", type=float, default=5.0, help="length of a segment")
-    p.add_argument("--frames", type=int, default=8, help="frames per segment, evenly spaced")
+    add("--segment-seconds", type=float, default=5.0, help="length of a segment")
+    add("--frames", type=int, default=8, help="frames per segment, evenly spaced")
     # Machine
-    p.add_argument("--batch-size", type=int, default=0, help="frames; 0: 16 on CPU, 256 on GPU")
-    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where")
-    return p.parse_args(argv)
+    add("--batch-size", type=int, default=0, help="frames; 0: 16 on CPU, 256 on GPU")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where")
+    return parser.parse_args(argv)
 
 
 def find_videos(root):
@@ -70,7 +72,7 @@ def find_videos(root):
 
 
 def load_encoder(model, pretrained, device):
-    """Return the frozen open_clip model, and the name by which open_clip.get_tokenizer knows it."""
+    """Return the frozen open_clip model, and the name to give open_clip.get_tokenizer."""
     name, weights = (f"local-dir:{model}", None) if os.path.isdir(model) else (model, pretrained)
     if weights and not os.path.isfile(weights) and not getproxies():
         # Without a network the hub's client retries for 47 s: ask once, then use its cache or fail.
@@ -91,7 +93,7 @@ def load_encoder(model, pretrained, device):
 
 
 def fit(image, preprocess):
-    """Crop or pad, and resize, as open_clip does, at a third of the cost; BGR to RGB."""
+    """Crop or pad, and resize, as open_clip's own transform, at a third of its cost; BGR to RGB."""
     size, shape = np.broadcast_to(preprocess["size"], 2), np.array(image.shape[:2])
     ratio, mode, fill = shape / size, preprocess["resize_mode"], [preprocess["fill_color"]] * 3
     crop = np.rint(size * ratio.min()).astype(int) if mode == "shortest" else shape
@@ -105,10 +107,10 @@ def fit(image, preprocess):
 
 
 def decode(path, segment_seconds, frames_per_segment, preprocess):
-    """Yield (segment, RGB frame), and at the end (None, (seconds decoded, note)).
+    """Yield (segment, RGB frame) in time order; last of all (None, (seconds decoded, note)).
 
-    The first frame of every segment_seconds / frames_per_segment is taken. Grabbing all frames is
-    several times faster than seeking, and exact.
+    A segment is cut into frames_per_segment equal slots, and the first frame of each is taken.
+    Grabbing all frames is several times faster than seeking, and exact.
     """
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     found, end, note = set(), 0.0, "not a readable file with a UTF-8 name"
@@ -162,8 +164,9 @@ def prefetch(generator, size):
 
 @torch.inference_mode()
 def embed(frames, model, preprocess, batch_size):
-    """Encode up to B frames, uint8 (H, W, 3) each, into unit-length embeddings (B, D)."""
-    # Always a full batch: an embedding is then the same to the last bit wherever its frame stands.
+    """Encode frames, uint8 (height, width, 3) each, into unit-length embeddings (batch_size, D)."""
+    # Always a full batch, the last one with filler: an embedding is then the same to the last bit
+    # wherever its frame stands.
     batch = np.zeros((batch_size, *frames[0].shape), np.uint8)
     batch[: len(frames)] = frames
     device = model.logit_scale.device
@@ -182,12 +185,8 @@ def extract(folder, videos, model, segment_seconds, frames_per_segment, batch_si
     preprocess = open_clip.get_model_preprocess_cfg(model)
     stream = ((video, *item) for video in videos for item in decode(
         os.path.join(folder, video), segment_seconds, frames_per_segment, preprocess))
-    entries, n_frames, sums = [], 0, {}  # sums: segment -> sum of the embeddings of its frames
-    for entry in prefetch(stream, 64):
-        entries.append(entry)
-        n_frames += entry[1] is not None
-        if n_frames < batch_size and entry[:2] != (videos[-1], None):
-            continue
+    stream, sums = prefetch(stream, 64), {}  # sums: segment -> sum of its frames' embeddings
+    while entries := list(islice(stream, batch_size)):
         frames = [item for _, segment, item in entries if segment is not None]
         embedded = iter(embed(frames, model, preprocess, batch_size) if frames else ())
         for video, segment, item in entries:
@@ -206,7 +205,6 @@ def extract(folder, videos, model, segment_seconds, frames_per_segment, batch_si
                    "starts": np.float32([segment * segment_seconds for segment in segments]),
                    "labels": [os.path.basename(os.path.dirname(video))]}
             sums = {}
-        entries, n_frames = [], 0
 
 
 def save(path, folder, **arrays):
@@ -240,7 +238,7 @@ def main(args):
     meta = {"format": 1, "model": names[0], "pretrained": names[1],
             "segment_seconds": args.segment_seconds, "frames_per_segment": args.frames}
 
-    # A part is named by a digest, which changes with the video's file, the settings, the encoder.
+    # The name of a part is a digest of the video's file, the settings and the encoder.
     common = hashlib.sha256(json.dumps([meta, open_clip.get_model_preprocess_cfg(model)]).encode())
     for tensor in model.visual.state_dict().values():
         common.update(tensor.cpu().numpy().tobytes())

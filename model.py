@@ -10,9 +10,9 @@ embeddings are masked; an encoder sees the others, and a small decoder predicts 
 The letters in shape comments, here and in the other scripts:
     B videos, N segments of the longest of them, D size of an embedding, S segments of all V videos,
     T tokens of a batch without any padding, H attention heads, G videos of a group, L tokens of its
-    longest video.
+    longest video. In the decoder, D is its own width.
 
-This file is imported by train.py, probe.py and retrieve.py; it imports none of them.
+The other four scripts import this file; it imports none of them.
 """
 
 import json
@@ -41,6 +41,269 @@ class Data(NamedTuple):
     videos: list
     labels: list  # '' where there is none
     meta: dict  # encoder and settings
+
+
+def pad(embeddings, first, lengths):
+    """Gather videos, or crops of them, into one batch: (S, D), (B,), (B,) -> (B, N, D) float32."""
+    index = torch.arange(lengths.max())  # (N,)
+    is_segment = index < lengths[:, None]  # (B, N)
+    rows = (first[:, None] + index).clamp(max=len(embeddings) - 1)  # (B, N)
+    return embeddings[rows].float() * is_segment[..., None]  # (B, N, D), zero beyond each length
+
+
+# ---- Masking (section 3.2, "Masking") -----------------------------------------------------------
+
+
+def random_mask(embeddings, lengths, ratio, generator=None):
+    """Mask a random share of each video's segments.
+
+    embeddings (B, N, D) and lengths (B,) on the CPU, ratio in (0, 1) -> is_masked (B, N) bool.
+    """
+    noise = torch.rand(embeddings.shape[:2], generator=generator)  # (B, N)
+    return mask_lowest(noise, lengths, ratio)
+
+
+def semantic_mask(embeddings, lengths, ratio, generator=None):
+    """Mask the segments least similar to the one before: where something new happens.
+
+    Same arguments and result as random_mask; nothing here is random.
+    """
+    similarity = F.cosine_similarity(embeddings[:, 1:], embeddings[:, :-1], dim=-1)  # (B, N-1)
+    # Paper: silent on the first segment. Here: it counts as most similar, so it is masked last.
+    similarity = F.pad(similarity, (1, 0), value=2.0)  # (B, N)
+    return mask_lowest(similarity, lengths, ratio)
+
+
+def mask_lowest(score, lengths, ratio):
+    """Mask the segments with the lowest scores: (B, N), (B,) -> (B, N) bool."""
+    # Paper: "a portion". Here: round(ratio * n), but at least 1 masked and at least 1 visible.
+    n = lengths.double()  # in single precision, ratio * n may round the wrong way
+    n_masked = (ratio * n).round().clamp(min=1).minimum(n - 1)  # (B,)
+    is_padding = torch.arange(score.shape[1]) >= lengths[:, None]  # (B, N)
+    score = score.masked_fill(is_padding, float("inf"))
+    rank = score.argsort(dim=1, stable=True).argsort(dim=1)  # (B, N), 0 is the lowest score
+    return rank < n_masked[:, None]
+
+
+MASKS = {"random": random_mask, "semantic": semantic_mask}
+
+
+def trivial_predictions(embeddings, lengths, is_masked):
+    """Guess the masked embeddings without any training: what a model must beat.
+
+    Same arguments as LVMAE.forward, all on the CPU -> {name: (B, N, D)}.
+    """
+    N = embeddings.shape[1]
+    index = torch.arange(N)
+    is_visible = (index < lengths[:, None]) & ~is_masked  # (B, N)
+    mean = (embeddings * is_visible[..., None]).sum(1) / is_visible.sum(1)[:, None]  # (B, D)
+    mean = mean[:, None].expand_as(embeddings)  # (B, N, D)
+
+    # Index of the nearest visible segment at or before, and at or after, each place: (B, N). At
+    # the ends of a video, where one of them is missing, the other one stands for both.
+    before = index.where(is_visible, -1).cummax(1).values
+    after = index.where(is_visible, N).flip(1).cummin(1).values.flip(1)
+    before, after = before.where(before >= 0, after), after.where(after < N, before)
+    weight = (index - before) / (after - before).clamp(min=1)  # (B, N)
+    left, right = (embeddings.gather(1, i[..., None].expand_as(mean)) for i in (before, after))
+    line = left + weight[..., None] * (right - left)  # (B, N, D)
+    return {"visible mean": mean, "interpolation": line, "average of both": (mean + line) / 2}
+
+
+# ---- Tokens without padding ---------------------------------------------------------------------
+
+
+def find_tokens(N, lengths, is_masked=None):
+    """[CLS] and the segments, but not padding or what is masked: -> is_token (B, N+1) bool."""
+    is_segment = torch.arange(N, device=lengths.device) < lengths[:, None]  # (B, N)
+    return F.pad(is_segment if is_masked is None else is_segment & ~is_masked, (1, 0), value=True)
+
+
+def send(x, device):
+    """Copy to the device; from pinned memory, so that the host goes on without waiting for it."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+class Groups(NamedTuple):
+    """Where the T real tokens of a padded batch are, and which of them attend to each other.
+
+    The linear layers see the T tokens as one matrix. Only attention must know which token belongs
+    to which video: it runs over a few groups of videos of similar length, each group padded to its
+    longest video, with a key mask over that little padding.
+    """
+
+    rows: torch.Tensor  # (T,) place of each token in the flattened (B * (N+1)) batch
+    gather: list  # per group (G, L): the token at each place; at padding any, as it is not seen
+    is_key: list  # per group (G, 1, 1, L): may this place be attended to? None: all may
+    restore: torch.Tensor  # (T,) place of each token in the groups, one group after the other
+
+
+def group_tokens(is_token, device):
+    """Plan the groups on the host, so that no GPU is waited for: (B, N+1) bool -> Groups."""
+    is_token = is_token.cpu()
+    count = is_token.sum(1)  # (B,) tokens of each video
+    begin = count.cumsum(0) - count  # (B,) its first token
+    size_class = (2 * count.double().log2()).ceil()  # lengths in a class differ by sqrt(2) at most
+    gather, is_key = [], []
+    for size in size_class.unique():  # a loop over groups, not over videos
+        member = size_class == size
+        index = torch.arange(int(count[member].max()))  # (L,)
+        is_key.append(index < count[member][:, None])  # (G, L)
+        gather.append(torch.where(is_key[-1], begin[member][:, None] + index, count.sum()))
+    # Padding has the number T so far: it comes last when the places are sorted by their token.
+    restore = torch.cat([g.flatten() for g in gather]).argsort()[: count.sum()]  # (T,)
+    return Groups(
+        rows=send(is_token.flatten().nonzero()[:, 0], device),
+        gather=[send(g * k, device) for g, k in zip(gather, is_key, strict=True)],
+        is_key=[None if k.all() else send(k[:, None, None], device) for k in is_key],
+        restore=send(restore, device),
+    )
+
+
+def unpack(x, rows, B, N):
+    """Put tokens back to their places in the batch: (T, D) -> (B, N+1, D), zero elsewhere."""
+    return x.new_zeros(B * (N + 1), x.shape[1]).index_copy(0, rows, x).unflatten(0, (B, N + 1))
+
+
+# ---- The model (Figure 1; section 7, "Architectural design") ------------------------------------
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention of each token to the tokens of its own video."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, groups):
+        qkv = self.qkv(x)  # (T, 3D)
+        outs = []
+        for gather, is_key in zip(groups.gather, groups.is_key, strict=True):
+            group = F.embedding(gather, qkv)  # (G, L, 3D); a lookup whose backward is fast
+            q, k, v = group.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=is_key)  # (G, H, L, D/H)
+            outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))  # (G*L, D)
+        return self.proj(torch.cat(outs)[groups.restore])  # (T, D)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        fc1, fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))  # names of MAE
+
+    def forward(self, x, groups):  # x (T, D)
+        x = x + self.attn(self.norm1(x), groups)
+        return x + self.mlp(self.norm2(x))
+
+
+def sincos_positions(length, dim):
+    """Sine-cosine positions of [CLS] (zero) and of segments 0, 1, 2, ... -> (1, length+1, dim)."""
+    frequency = 10000 ** (-2 * torch.arange(dim // 2, dtype=torch.double) / dim)  # (dim/2,)
+    angle = torch.arange(length, dtype=torch.double)[:, None] * frequency  # (length, dim/2)
+    positions = torch.cat([angle.sin(), angle.cos()], dim=1)  # (length, dim)
+    return F.pad(positions, (0, 0, 1, 0))[None].float()
+
+
+def positions(buffer, N):
+    """The stored positions of N segments, or the formula where the video is longer than those."""
+    is_longer = N >= buffer.shape[1]
+    return sincos_positions(N, buffer.shape[2]).to(buffer) if is_longer else buffer[:, : N + 1]
+
+
+@dataclass
+class LVMAEConfig:
+    """Sizes of the model; `dim` is the size of the embeddings and the width of the encoder."""
+
+    dim: int
+    depth: int
+    heads: int
+    decoder_dim: int
+    decoder_depth: int
+    decoder_heads: int
+    max_segments: int = 256
+    input_scale: float | None = None  # None: sqrt(dim)
+
+
+class LVMAE(nn.Module):
+    """The masked autoencoder. Its parameters are named as in MAE and the authors' checkpoints."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        # Paper: positions are added to the embeddings. Here: to embeddings times sqrt(D). They have
+        # length 1, positions sqrt(D/2): unscaled, the encoder would see little but the positions.
+        self.input_scale = c.dim**0.5 if c.input_scale is None else c.input_scale
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, c.dim))
+        self.register_buffer("pos_embed", sincos_positions(c.max_segments, c.dim))
+        self.blocks = nn.ModuleList(Block(c.dim, c.heads) for _ in range(c.depth))
+        self.norm = nn.LayerNorm(c.dim, eps=1e-6)
+
+        self.decoder_embed = nn.Linear(c.dim, c.decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_dim))
+        self.register_buffer("decoder_pos_embed", sincos_positions(c.max_segments, c.decoder_dim))
+        layers = (Block(c.decoder_dim, c.decoder_heads) for _ in range(c.decoder_depth))
+        self.decoder_blocks = nn.ModuleList(layers)
+        self.decoder_norm = nn.LayerNorm(c.decoder_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(c.decoder_dim, c.dim)
+
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, embeddings, lengths, is_masked):
+        """Reconstruct the masked embeddings.
+
+        embeddings (B, N, D), lengths (B,), is_masked (B, N) bool -> loss (), predictions (B, N, D).
+        `lengths` and `is_masked` may stay on the CPU: then the host never waits for the GPU.
+        """
+        latents = self.encode(embeddings, lengths, is_masked)  # (B, N+1, D)
+        predictions = self.decode(latents, lengths, is_masked)  # (B, N, D)
+        # Eq. (3): squared L2 distance, averaged over the masked segments of the batch.
+        is_masked = send(is_masked, embeddings.device)
+        distance = (predictions - embeddings).square().sum(2)  # (B, N)
+        return (distance * is_masked).sum() / is_masked.sum(), predictions
+
+    def encode(self, embeddings, lengths, is_masked=None):
+        """Eq. (1): encode the visible segments -> latents (B, N+1, D), [CLS] at 0.
+
+        Without `is_masked` all segments are visible. Rows of masked segments and padding are zero.
+        """
+        B, N, _ = embeddings.shape
+        groups = group_tokens(find_tokens(N, lengths, is_masked), embeddings.device)
+        x = torch.cat([self.cls_token.expand(B, -1, -1), embeddings * self.input_scale], dim=1)
+        x = x + positions(self.pos_embed, N)  # (B, N+1, D)
+        x = x.flatten(0, 1)[groups.rows]  # (T, D)
+        for block in self.blocks:
+            x = block(x, groups)
+        return unpack(self.norm(x), groups.rows, B, N)  # (B, N+1, D)
+
+    def decode(self, latents, lengths, is_masked):
+        """Eq. (2): predict every segment from the latents of the visible ones -> (B, N, D)."""
+        B, N = is_masked.shape
+        groups = group_tokens(find_tokens(N, lengths), latents.device)
+        is_hidden = send(F.pad(is_masked, (1, 0)), latents.device).flatten()[groups.rows]  # (T,)
+        x = self.decoder_embed(latents.flatten(0, 1)[groups.rows])  # (T, D)
+        x = torch.where(is_hidden[:, None], self.mask_token[0], x)
+        place = positions(self.decoder_pos_embed, N).expand(B, -1, -1)  # (B, N+1, D)
+        x = x + place.flatten(0, 1)[groups.rows]
+        for block in self.decoder_blocks:
+            x = block(x, groups)
+        x = self.decoder_pred(self.decoder_norm(x)) / self.input_scale  # (T, D)
+        return unpack(x, groups.rows, B, N)[:, 1:]  # without [CLS]: (B, N, D)
+
+
+# ---- Files and devices --------------------------------------------------------------------------
 
 
 def load_data(path):
@@ -98,257 +361,6 @@ def load_data(path):
     starts = torch.from_numpy(starts.astype(np.float32))
     labels = arrays["labels"].tolist() if "labels" in arrays else [""] * V
     return Data(path, embeddings, lengths, first, starts, videos, labels, meta)
-
-
-def pad(embeddings, first, lengths):
-    """Gather videos, or crops of them, into one batch: (S, D), (B,), (B,) -> (B, N, D) float32."""
-    index = torch.arange(lengths.max())  # (N,)
-    is_segment = index < lengths[:, None]  # (B, N)
-    rows = (first[:, None] + index).clamp(max=len(embeddings) - 1)  # (B, N)
-    return embeddings[rows].float() * is_segment[..., None]  # (B, N, D), zero beyond each length
-
-
-# ---- Masking (section 3.2, "Masking") -----------------------------------------------------------
-
-
-def random_mask(embeddings, lengths, ratio, generator=None):
-    """Mask a random share of each video's segments.
-
-    embeddings (B, N, D), lengths (B,), ratio in (0, 1), on the CPU -> is_masked (B, N) bool.
-    """
-    noise = torch.rand(embeddings.shape[:2], generator=generator)  # (B, N)
-    return mask_lowest(noise, lengths, ratio)
-
-
-def semantic_mask(embeddings, lengths, ratio, generator=None):
-    """Mask the segments least similar to the one before: where something new happens.
-
-    Same arguments and result as random_mask; nothing here is random.
-    """
-    similarity = F.cosine_similarity(embeddings[:, 1:], embeddings[:, :-1], dim=-1)  # (B, N-1)
-    # Paper: silent on the first segment. Here: it counts as most similar, so it is masked last.
-    similarity = F.pad(similarity, (1, 0), value=2.0)  # (B, N)
-    return mask_lowest(similarity, lengths, ratio)
-
-
-def mask_lowest(score, lengths, ratio):
-    """Mask the segments with the lowest scores: (B, N), (B,) -> (B, N) bool."""
-    # Paper: "a portion". Here: round(ratio * n), but at least 1 masked and at least 1 visible.
-    number = (lengths.double() * ratio).round().clamp(min=1).minimum(lengths.double() - 1)  # (B,)
-    is_padding = torch.arange(score.shape[1]) >= lengths[:, None]  # (B, N)
-    score = score.masked_fill(is_padding, float("inf"))
-    rank = score.argsort(dim=1, stable=True).argsort(dim=1)  # (B, N), 0 is the lowest score
-    return rank < number[:, None]
-
-
-def trivial_predictions(embeddings, lengths, is_masked):
-    """What a masked embedding is guessed to be without any training: the bar for a model.
-
-    Same arguments as LVMAE.forward, all on the CPU -> {name: (B, N, D)}.
-    """
-    N = embeddings.shape[1]
-    index = torch.arange(N)
-    is_visible = (index < lengths[:, None]) & ~is_masked  # (B, N)
-    mean = (embeddings * is_visible[..., None]).sum(1) / is_visible.sum(1)[:, None]  # (B, D)
-    mean = mean[:, None].expand_as(embeddings)  # (B, N, D)
-
-    # Index of the nearest visible segment at or before, and at or after, each place: (B, N). At
-    # the ends of a video, where one of them is missing, the other one stands for both.
-    before = index.where(is_visible, -1).cummax(1).values
-    after = index.where(is_visible, N).flip(1).cummin(1).values.flip(1)
-    before, after = before.where(before >= 0, after), after.where(after < N, before)
-    weight = (index - before) / (after - before).clamp(min=1)  # (B, N)
-    left, right = (embeddings.gather(1, i[..., None].expand_as(mean)) for i in (before, after))
-    line = left + weight[..., None] * (right - left)  # (B, N, D)
-    return {"visible mean": mean, "interpolation": line, "average of both": (mean + line) / 2}
-
-
-# ---- Tokens without padding ---------------------------------------------------------------------
-
-
-class Groups(NamedTuple):
-    """Where the T real tokens of a padded batch are, and which of them attend to each other.
-
-    The linear layers see the T tokens as one matrix. Only attention must know which token belongs
-    to which video: it runs over a few groups of videos of similar length, each group padded to its
-    longest video, with a key mask over that little padding.
-    """
-
-    rows: torch.Tensor  # (T,) place of each token in the flattened (B * (N+1)) batch
-    gather: list  # per group (G, L): the token at each place; 0, which is never seen, at padding
-    is_key: list  # per group (G, 1, 1, L): may this place be attended to? None: all may
-    restore: torch.Tensor  # (T,) place of each token in the groups, one group after the other
-
-
-def group_tokens(is_token, device):
-    """Plan the groups on the host, so that no GPU is waited for: (B, N+1) bool -> Groups."""
-    is_token = is_token.cpu()
-    count = is_token.sum(1)  # (B,) tokens of each video
-    begin = count.cumsum(0) - count  # (B,) its first token
-    size_class = (2 * count.double().log2()).ceil()  # lengths in a class differ by sqrt(2) at most
-    gather, is_key = [], []
-    for size in size_class.unique():  # a loop over groups, not over videos
-        member = size_class == size
-        index = torch.arange(int(count[member].max()))  # (L,)
-        is_key.append(index < count[member][:, None])  # (G, L)
-        gather.append(torch.where(is_key[-1], begin[member][:, None] + index, count.sum()))
-    restore = torch.cat([g.flatten() for g in gather]).argsort()[: count.sum()]  # (T,)
-
-    def to(x):  # a copy from pinned memory queues behind the GPU's work, and nobody waits for it
-        return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-
-    gather = [to(g * k) for g, k in zip(gather, is_key, strict=True)]  # 0 at padding
-    is_key = [None if k.all() else to(k[:, None, None]) for k in is_key]
-    return Groups(to(is_token.flatten().nonzero()[:, 0]), gather, is_key, to(restore))
-
-
-def find_tokens(N, lengths, is_masked=None):
-    """[CLS] and the segments, but not padding or what is masked: -> (B, N+1) bool."""
-    is_segment = torch.arange(N, device=lengths.device) < lengths[:, None]  # (B, N)
-    return F.pad(is_segment if is_masked is None else is_segment & ~is_masked, (1, 0), value=True)
-
-
-def unpack(x, rows, B, N):
-    """Put tokens back to their places in the batch: (T, D) -> (B, N+1, D), zero elsewhere."""
-    return x.new_zeros(B * (N + 1), x.shape[1]).index_copy(0, rows, x).unflatten(0, (B, N + 1))
-
-
-# ---- The model (Figure 1; section 7, "Architectural design") ------------------------------------
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention of each token to the tokens of its own video."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x, groups):
-        qkv = self.qkv(x)  # (T, 3D)
-        outs = []
-        for gather, is_key in zip(groups.gather, groups.is_key, strict=True):
-            group = F.embedding(gather, qkv)  # (G, L, 3D); a lookup whose backward is fast
-            q, k, v = group.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=is_key)  # (G, H, L, D/H)
-            outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))  # (G*L, D)
-        return self.proj(torch.cat(outs)[groups.restore])  # (T, D)
-
-
-class Block(nn.Module):
-    """A pre-norm transformer layer."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        fc1, fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
-
-    def forward(self, x, groups):  # x (T, D)
-        x = x + self.attn(self.norm1(x), groups)
-        return x + self.mlp(self.norm2(x))
-
-
-def sincos_positions(length, dim):
-    """Sine-cosine positions of [CLS] (zero) and of segments 0, 1, 2, ... -> (1, length+1, dim)."""
-    frequency = 10000 ** (-2 * torch.arange(dim // 2, dtype=torch.double) / dim)  # (dim/2,)
-    angle = torch.arange(length, dtype=torch.double)[:, None] * frequency  # (length, dim/2)
-    positions = torch.cat([angle.sin(), angle.cos()], dim=1)  # (length, dim)
-    return F.pad(positions, (0, 0, 1, 0))[None].float()
-
-
-def positions(buffer, N):
-    """The stored positions of N segments, or the formula where the video is longer than those."""
-    is_longer = N >= buffer.shape[1]
-    return sincos_positions(N, buffer.shape[2]).to(buffer) if is_longer else buffer[:, : N + 1]
-
-
-@dataclass
-class LVMAEConfig:
-    """Sizes of the model; `dim` is the size of the embeddings and the width of the encoder."""
-
-    dim: int
-    depth: int
-    heads: int
-    decoder_dim: int
-    decoder_depth: int
-    decoder_heads: int
-    max_segments: int = 256
-    input_scale: float | None = None  # None: sqrt(dim)
-
-
-class LVMAE(nn.Module):
-    """The masked autoencoder. Parameters are named as in MAE, so its checkpoints load."""
-
-    def __init__(self, config):
-        super().__init__()
-        c = self.config = config
-        # Paper: positions are added to the embeddings. Here: to embeddings times sqrt(D). They have
-        # length 1, positions sqrt(D/2): unscaled, the encoder would see little but the positions.
-        self.input_scale = c.dim**0.5 if c.input_scale is None else c.input_scale
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, c.dim))
-        self.register_buffer("pos_embed", sincos_positions(c.max_segments, c.dim))
-        self.blocks = nn.ModuleList(Block(c.dim, c.heads) for _ in range(c.depth))
-        self.norm = nn.LayerNorm(c.dim, eps=1e-6)
-
-        self.decoder_embed = nn.Linear(c.dim, c.decoder_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_dim))
-        self.register_buffer("decoder_pos_embed", sincos_positions(c.max_segments, c.decoder_dim))
-        layers = (Block(c.decoder_dim, c.decoder_heads) for _ in range(c.decoder_depth))
-        self.decoder_blocks = nn.ModuleList(layers)
-        self.decoder_norm = nn.LayerNorm(c.decoder_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(c.decoder_dim, c.dim)
-
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.normal_(self.mask_token, std=0.02)
-
-    def forward(self, embeddings, lengths, is_masked):
-        """Reconstruct the masked embeddings.
-
-        embeddings (B, N, D), lengths (B,), is_masked (B, N) bool -> loss (), predictions (B, N, D).
-        `lengths` and `is_masked` may stay on the CPU: then the host never waits for the GPU.
-        """
-        latents = self.encode(embeddings, lengths, is_masked)  # (B, N+1, D)
-        predictions = self.decode(latents, lengths, is_masked)  # (B, N, D)
-        # Eq. (3): squared L2 distance, averaged over the masked segments of the batch.
-        is_masked = is_masked.to(embeddings.device, non_blocking=True)
-        distance = (predictions - embeddings).square().sum(2)  # (B, N)
-        return (distance * is_masked).sum() / is_masked.sum(), predictions
-
-    def encode(self, embeddings, lengths, is_masked=None):
-        """Eq. (1): encode the visible segments -> latents (B, N+1, D), [CLS] at 0.
-
-        Without `is_masked` all segments are visible. Rows of masked segments and padding are zero.
-        """
-        B, N, _ = embeddings.shape
-        groups = group_tokens(find_tokens(N, lengths, is_masked), embeddings.device)
-        x = torch.cat([self.cls_token.expand(B, -1, -1), embeddings * self.input_scale], dim=1)
-        x = x + positions(self.pos_embed, N)  # (B, N+1, D)
-        x = x.flatten(0, 1)[groups.rows]  # (T, D)
-        for block in self.blocks:
-            x = block(x, groups)
-        return unpack(self.norm(x), groups.rows, B, N)  # (B, N+1, D)
-
-    def decode(self, latents, lengths, is_masked):
-        """Eq. (2): predict every segment from the latents of the visible ones -> (B, N, D)."""
-        B, N = is_masked.shape
-        visible = group_tokens(find_tokens(N, lengths, is_masked), latents.device).rows
-        groups = group_tokens(find_tokens(N, lengths), latents.device)
-        z = self.decoder_embed(latents.flatten(0, 1)[visible])  # of the visible tokens only
-        x = self.mask_token[0].to(z.dtype).expand(B * (N + 1), -1).index_copy(0, visible, z)
-        x = x.unflatten(0, (B, N + 1)) + positions(self.decoder_pos_embed, N)  # (B, N+1, D)
-        x = x.flatten(0, 1)[groups.rows]
-        for block in self.decoder_blocks:
-            x = block(x, groups)
-        x = self.decoder_pred(self.decoder_norm(x)) / self.input_scale  # (T, D)
-        return unpack(x, groups.rows, B, N)[:, 1:]  # without [CLS]: (B, N, D)
 
 
 def load_checkpoint(path, data, device):

@@ -1,4 +1,6 @@
-"""Judge the latents of LV-MAE on labelled videos (paper: sections 4.1 to 4.3 and 8, Tables 1 to 3).
+"""Stage 3 of LV-MAE: probe the frozen latents on labelled videos (sections 4.1 to 4.3 and 8).
+
+    out.npz --frozen encoder--> features (B, N+1, D) --head--> classes (B, C), or numbers (B, 1)
 
     python probe.py --head attentive             # reads out.npz and lvmae.pt; labels: folder names
     python probe.py --compare                    # Table 1 in small: every head on its features
@@ -34,23 +36,25 @@ def get_args(argv=None):
     """Read the command line."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
+    # Files
     add("--data", default="out.npz", help="segment embeddings, from extract.py")
     add("--ckpt", default="lvmae.pt", help="checkpoint, from train.py")
     add("--labels", default="folders", help="'folders' or 'breakfast' (both read off the paths), "
         "an LVU or Breakfast folder, COIN.json or a CSV of video,label[,split]")
     add("--regression", action="store_true", help="labels are numbers (LVU's counts always are)")
+    # Heads
     add("--head", default="attentive", help="what is trained",
         choices=["linear", "attentive", "transformer", "mamba"])
     add("--features", default="lvmae", choices=["lvmae", "raw"], help="of linear and attentive")
     add("--compare", action="store_true", help="all heads")
+    # Their training
     add("--runs", type=int, default=3, help="runs, with seeds --seed, --seed + 1, ...")
     add("--seed", type=int, default=0, help="seed of the first run")
     add("--epochs", type=int, help="None: 30 for linear (Table 6), 20 for the others (Table 7)")
     add("--lr", type=float, help="None: 1e-3, and for linear the best of 1e-4, 1e-3, 1e-2")
-    add("--gamma", type=float, help="its factor per epoch; None: 1 for linear, 0.9 for the others")
     add("--batch-size", type=int, default=16, help="videos per step")
     add("--json", help="also write the table to this file")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where")
     return parser.parse_args(argv)
 
 
@@ -100,10 +104,11 @@ def match(rows, videos, source):
         # Breakfast: P03-cam01-P03_cereals is P03_cam01_P03_cereals or P03/cam01/P03_cereals on disk
         hits = indices.get(re.sub("[-/]", "_", video), [])
         hits = [index for index in hits if videos[index] == video] or hits
-        if len(hits) > 1 or hits and found.setdefault(hits[0], (label, split)) != (label, split):
+        if not hits:
+            absent.append(video)
+        elif len(hits) > 1 or found.setdefault(hits[0], (label, split)) != (label, split):
             names = " and ".join(videos[index] for index in hits)
             raise SystemExit(f"{source}: {video} means {names}: expected one video, labelled once")
-        absent += [] if hits else [video]
     bare = [video for index, video in enumerate(videos) if index not in found]
     for what, names in {"videos have no label": bare, "labels have no video": absent}.items():
         if names:
@@ -112,9 +117,9 @@ def match(rows, videos, source):
 
 
 def make_split(found, named, seed, is_class, source):
-    """Split as the labels say, and cut 20 % of train's classes for val, for test, if they do not.
+    """Split as the labels say; a val or test that they lack is 20 % of each class of train.
 
-    Returns {"train": indices in `found`, "val": .., "test": ..}.
+    `named`: the splits that they have. Returns {"train": indices of videos, "val": .., "test": ..}.
     """
     generator = torch.Generator().manual_seed(seed)
     split, groups = {"train": [], "val": [], "test": []}, {}
@@ -128,9 +133,10 @@ def make_split(found, named, seed, is_class, source):
                              "and one of them in train: complete it or drop it")
         order = torch.randperm(n["train"], generator=generator).tolist()
         group["train"] = [group["train"][i] for i in order]
-        for part in ("val", "test", "train"):
-            if part not in named and part != "train":
+        for part in ("val", "test"):
+            if part not in named:
                 group[part] = [group["train"].pop() for _ in range(round(0.2 * n["train"]))]
+        for part in split:
             split[part] += group.get(part, [])
     n = {part: len(indices) for part, indices in split.items()}
     if 0 in n.values() or n["train"] < 2 or (is_class and len(groups) < 2):
@@ -141,18 +147,17 @@ def make_split(found, named, seed, is_class, source):
 
 @torch.no_grad()
 def compute_features(data, model, device):
-    """[CLS] and segments of every video, packed: -> (S + V, D) float16. `model` None: raw."""
-    first = data.first + torch.arange(len(data.first))  # (V,) row of each [CLS]
-    features = torch.empty(len(data.embeddings) + len(first), data.embeddings.shape[1]).half()
-    order = data.lengths.argsort(descending=True)  # videos of similar length share a batch
-    while len(order):
-        videos, order = order.tensor_split([max(1, 8192 // int(data.lengths[order[0]]))])
+    """Data whose rows are [CLS] and the segments of each video: (S + V, D). `model` None: raw."""
+    V, (S, D) = len(data.videos), data.embeddings.shape
+    features = data._replace(embeddings=torch.empty(S + V, D).half(), lengths=data.lengths + 1,
+                             first=data.first + torch.arange(V))
+    for videos in data.lengths.argsort(stable=True).split(32):  # of similar length: little padding
         lengths = data.lengths[videos]
         x = pad(data.embeddings, data.first[videos], lengths)  # (B, N, D)
         x = model.encode(x.to(device), lengths).cpu() if model else F.pad(x, (0, 0, 1, 0))
-        rows = first[videos, None] + torch.arange(x.shape[1])  # (B, N+1)
+        rows = features.first[videos, None] + torch.arange(x.shape[1])  # (B, N+1)
         is_token = find_tokens(x.shape[1] - 1, lengths)  # (B, N+1)
-        features[rows[is_token]] = x[is_token].half()
+        features.embeddings[rows[is_token]] = x[is_token].half()
     return features
 
 
@@ -162,7 +167,7 @@ class Linear(nn.Module):
     def __init__(self, dim, outputs):
         super().__init__()
         # Paper: silent. Here: each dimension is normalised first, as in MAE's linear probing, and
-        # the layer starts at zero, which small rates and few steps do not hide.
+        # the layer starts at zero: small rates and few steps would not wash out a random start.
         self.last = nn.Sequential(nn.BatchNorm1d(dim, affine=False), nn.Linear(dim, outputs))
         nn.init.zeros_(self.last[1].weight)
 
@@ -197,7 +202,9 @@ class Transformer(Linear):
 
     def __init__(self, dim, outputs):
         super().__init__(dim, outputs)
-        self.encoder = LVMAE(LVMAEConfig(dim, 2, math.gcd(dim, 8), 2, 0, 1))  # no decoder layers
+        heads = math.gcd(dim, 8)  # 8, or the largest power of 2 that divides dim
+        self.encoder = LVMAE(LVMAEConfig(dim, 2, heads, decoder_dim=2, decoder_depth=0,
+                                         decoder_heads=1))
 
     def summary(self, x, lengths):
         return self.encoder.encode(x[:, 1:], lengths)[:, 0]
@@ -251,32 +258,32 @@ ROWS = {  # of the table: features, head, epochs, learning rates and their facto
 }
 
 
-def fit(row, features, data, targets, split, seed, args, device):
+def fit(row, features, targets, split, seed, args, device):
     """Train a head, keep its best epoch on validation, score it once on test.
 
     targets (V,): class indices -> accuracy in %; numbers (regression) -> mean squared error.
     """
     torch.manual_seed(seed)
     train, val, test = split.values()
-    first = data.first + torch.arange(len(data.first))  # (V,) row of each [CLS]
     is_class = not targets.is_floating_point()
     center, scale = (0, 1) if is_class else (targets[train].mean(), targets[train].std())
     if row == "majority":  # always the commonest class of train, or its mean
         error = targets[test] - (targets[train].mode().values if is_class else center)
         return (100 * (error == 0).double().mean() if is_class else error.square().mean()).item()
-    D, outputs = features.shape[1], int(targets.max()) + 1 if is_class else 1
+    D, outputs = features.embeddings.shape[1], int(targets.max()) + 1 if is_class else 1
     _, Head, epochs, rates, gamma = ROWS[row]
     loss_of = F.cross_entropy if is_class else F.mse_loss
 
-    def predict(videos):
-        x = pad(features, first[videos], data.lengths[videos] + 1).to(device)  # (B, N+1, D)
-        y = head(x, data.lengths[videos]).cpu()  # (B, outputs)
+    def predict(head, videos):
+        lengths = features.lengths[videos]  # (B,), with [CLS]
+        x = pad(features.embeddings, features.first[videos], lengths).to(device)  # (B, N+1, D)
+        y = head(x, lengths - 1).cpu()  # (B, outputs)
         return y if is_class else center + scale * y[:, 0]
 
     @torch.no_grad()
-    def score(videos):  # accuracy (0 for numbers) and minus the loss: the higher, the better
-        head.eval()
-        y = torch.cat([predict(batch) for batch in torch.tensor(videos).split(args.batch_size)])
+    def score(head, videos):  # accuracy (0 for numbers), then minus the loss: more is better
+        batches = torch.tensor(videos).split(args.batch_size)
+        y = torch.cat([predict(head.eval(), batch) for batch in batches])
         accuracy = (y.argmax(-1) == targets[videos]).double().mean().item() if is_class else 0
         return 100 * accuracy, -loss_of(y, targets[videos]).item()
 
@@ -284,21 +291,22 @@ def fit(row, features, data, targets, split, seed, args, device):
     for lr in (args.lr,) if args.lr else rates:
         head = Head(D, outputs).to(device)
         optimizer = torch.optim.Adam(head.parameters(), lr, betas=(0.9, 0.999))
-        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, args.gamma or gamma)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
         for _ in range(args.epochs or epochs):
             head.train()
             order = torch.tensor(train)[torch.randperm(len(train))]
-            for videos in order.tensor_split(max(1, len(train) // args.batch_size)):  # equal sizes
-                loss = loss_of(predict(videos), targets[videos])
+            # Batches of equal size: BatchNorm cannot train on a last one of one video.
+            for videos in order.tensor_split(max(1, len(train) // args.batch_size)):
+                loss = loss_of(predict(head, videos), targets[videos])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
             schedule.step()
-            result = score(val)
+            result = score(head, val)
             if result > best:
                 best, state = result, {k: v.clone() for k, v in head.state_dict().items()}
     head.load_state_dict(state)
-    accuracy, minus_loss = score(test)
+    accuracy, minus_loss = score(head, test)
     return accuracy if is_class else -minus_loss
 
 
@@ -335,7 +343,7 @@ def main(args):
     for row in wanted:
         x = features[ROWS[row][0]]
         runs = zip(seeds, splits, strict=True)
-        runs = [fit(row, x, data, targets, split, seed, args, device) for seed, split in runs]
+        runs = [fit(row, x, targets, split, seed, args, device) for seed, split in runs]
         mean, std = statistics.mean(runs), statistics.stdev(runs) if args.runs > 1 else 0.0
         table[row] = {"mean": mean, "std": std, "runs": runs}
         print(f"{row:16} {mean:7.2f} +- {std:.2f}", flush=True)

@@ -45,24 +45,24 @@ BLANK = np.full((160, 240, 3), 230, np.uint8)  # where the video has no frame
 
 def get_args(argv=None):
     """Read the command line."""
-    p = argparse.ArgumentParser(description="Read reconstructed segments as captions.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--data", default="out.npz", help="segment embeddings, from extract.py")
-    p.add_argument("--ckpt", default="lvmae.pt", help="checkpoint, from train.py")
-    p.add_argument("--captions", default="captions.csv", help=".txt, .csv or .npz")
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", default="out.npz", help="segment embeddings, from extract.py")
+    add("--ckpt", default="lvmae.pt", help="checkpoint, from train.py")
+    add("--captions", default="captions.csv", help=".txt, .csv or .npz")
     # What is masked
-    p.add_argument("--mask", choices=["random", "semantic"], default="random", help="strategy")
-    p.add_argument("--mask-ratio", type=float, default=0.4, help="share of a video, 0 to 1")
-    p.add_argument("--seed", type=int, default=0, help="of the random masks")
+    add("--mask", choices=lvmae.MASKS, default="random", help="strategy")
+    add("--mask-ratio", type=float, default=0.4, help="share of a video, 0 to 1")
+    add("--seed", type=int, default=0, help="of the random masks")
     # What is shown
-    p.add_argument("--video", nargs="+", metavar="NAME", help="videos to show; none: the longest")
-    p.add_argument("--show", type=int, default=12, help="segments to show, from mid-video")
-    p.add_argument("--top-k", type=int, default=1, help="captions to show of each embedding")
-    p.add_argument("--figure", metavar="PNG", help="also draw them, with a frame of each segment")
-    p.add_argument("--videos", metavar="FOLDER", help="folder given to extract.py, for --figure")
-    p.add_argument("--json", metavar="FILE", help="also write the scores to this file")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    return p.parse_args(argv)
+    add("--video", nargs="+", metavar="NAME", help="videos to show; none: the longest")
+    add("--show", type=int, default=12, help="segments to show, from mid-video")
+    add("--top-k", type=int, default=1, help="captions to show of each embedding")
+    add("--figure", metavar="PNG", help="also draw them, with a frame of each segment")
+    add("--videos", metavar="FOLDER", help="folder given to extract.py, for --figure")
+    add("--json", metavar="FILE", help="also write the scores to this file")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where")
+    return parser.parse_args(argv)
 
 
 def read_captions(path, data):
@@ -79,27 +79,28 @@ def read_captions(path, data):
                     keys.append((row["video"], round(10 * float(row["start"]))))
         else:
             texts = Path(path).read_text("utf-8-sig").split("\n")
-        texts = np.array(["", *(" ".join(text.split()) for text in texts)], object)
+        texts = [" ".join(text.split()) for text in texts]
     except (AttributeError, OSError, LookupError, TypeError, ValueError, BadZipFile) as error:
         raise SystemExit(f"{path}: {type(error).__name__}: {error}; expected .txt (one a line), "
                          ".csv (video,start,caption) or .npz (captions, embeddings)") from None
-    captions, first, number = np.unique(texts, return_index=True, return_inverse=True)
-    captions, first, number = captions[1:], first[1:] - 1, number[1:] - 1  # without ""
+    place = {text: i for i, text in enumerate(texts) if text}  # each caption once
+    number = {text: c for c, text in enumerate(place)}
     if embeddings is not None:
-        found, expected = tuple(embeddings.shape), (len(number), data.embeddings.shape[1])
+        found, expected = tuple(embeddings.shape), (len(texts), data.embeddings.shape[1])
         if found != expected or not embeddings.isfinite().all():
             raise SystemExit(f"{path}: embeddings: found {found}, expected {expected}, all finite")
-        embeddings = F.normalize(embeddings[first].float(), dim=1)
-    tenths = (data.starts * 10).round().tolist()  # of a second: to these the starts must agree
+        embeddings = F.normalize(embeddings[list(place.values())].float(), dim=1)
+    tenths = (data.starts * 10).round().tolist()  # starts agree if they do to a tenth of a second
     names = np.repeat(np.array(data.videos, object), data.lengths)
     segment = {key: s for s, key in enumerate(zip(names, tenths, strict=True))}
     truth = torch.full((len(names),), -1)
-    for key, n in zip(keys, number, strict=False):
-        truth[segment.get(key, [])] = n
-    if not len(captions) or keys and (truth < 0).all():
-        raise SystemExit(f"{path}: found no caption{' of a segment' * bool(keys)}, expected some"
+    for key, text in zip(keys, texts, strict=False):
+        if key in segment and text:
+            truth[segment[key]] = number[text]
+    if not number or keys and (truth < 0).all():
+        raise SystemExit(f"{path}: found no caption{' of a segment' if keys else ''}, expected some"
                          f" (videos as {names[0]}, starts as {tenths[0] / 10} in {data.path})")
-    return captions.tolist(), embeddings, truth
+    return list(number), embeddings, truth
 
 
 @torch.no_grad()
@@ -134,20 +135,19 @@ def embed_captions(path, captions, data, device):
 @torch.no_grad()
 def reconstruct(model, data, args, device):
     """Mask each video and rebuild what is masked: is_masked (S,), {name: embeddings (S, D)}."""
-    strategy = lvmae.semantic_mask if args.mask == "semantic" else lvmae.random_mask
     generator = torch.Generator().manual_seed(args.seed)
     is_masked = torch.zeros(len(data.embeddings), dtype=torch.bool)
     rebuilt = {"true": data.embeddings}
     for batch in data.lengths.argsort(stable=True).split(16):  # alike lengths: little padding
         first, lengths = data.first[batch], data.lengths[batch]
         embeddings = lvmae.pad(data.embeddings, first, lengths)  # (B, N, D)
-        place = strategy(embeddings, lengths, args.mask_ratio, generator)  # (B, N), True if masked
-        guesses = {"reconstructed": model(embeddings.to(device), lengths, place)[1].cpu()}
-        guesses |= lvmae.trivial_predictions(embeddings, lengths, place)
-        rows = (first[:, None] + torch.arange(place.shape[1]))[place]
+        masked = lvmae.MASKS[args.mask](embeddings, lengths, args.mask_ratio, generator)  # (B, N)
+        guesses = {"reconstructed": model(embeddings.to(device), lengths, masked)[1].cpu()}
+        guesses |= lvmae.trivial_predictions(embeddings, lengths, masked)
+        rows = (first[:, None] + torch.arange(masked.shape[1]))[masked]  # of the masked segments
         is_masked[rows] = True
         for name, guess in guesses.items():
-            rebuilt.setdefault(name, torch.zeros_like(data.embeddings))[rows] = guess[place].half()
+            rebuilt.setdefault(name, torch.zeros_like(data.embeddings))[rows] = guess[masked].half()
     return is_masked, rebuilt
 
 
@@ -156,13 +156,14 @@ def search(queries, captions, truth, top_k, device):
     """Rank captions (C, D), of length 1, by similarity to queries (Q, D), block by block: Eq. (4).
 
     Returns the top_k similarities, the numbers of these captions, both (Q, top_k), and the rank of
-    caption truth[q] for query q, (Q,), from 1. All similarities (Q, C) would not fit in memory.
+    caption truth[q] for query q, (Q,), from 1; it means nothing where truth is -1, unknown. All
+    similarities (Q, C) would not fit in memory.
     """
     queries = F.normalize(queries.to(device).float(), dim=1)
-    # More similar than this ranks higher. The step: rounding must not put a caption above itself.
-    bar = (queries * captions[truth].to(queries)).sum(1, keepdim=True) + 1e-6  # (Q, 1)
+    # Only what is more similar than this ranks higher; 1e-6, since rounding must not count as more.
+    threshold = (queries * captions[truth].to(queries)).sum(1, keepdim=True) + 1e-6  # (Q, 1)
     best = torch.full((len(queries), min(top_k, len(captions))), -2.0, device=device)
-    number, rank = torch.zeros_like(best, dtype=torch.long), torch.ones_like(bar[:, 0])
+    number, rank = torch.zeros_like(best, dtype=torch.long), torch.ones_like(threshold[:, 0])
     for c in range(0, len(captions), 2048):
         block = captions[c : c + 2048].to(queries).T  # (D, 2048)
         for q in range(0, len(queries), 1024):
@@ -172,7 +173,7 @@ def search(queries, captions, truth, top_k, device):
             values, places = similarity[rows - q].topk(min(top_k, block.shape[1]))
             best[rows], order = torch.cat([best[rows], values], 1).topk(best.shape[1])
             number[rows] = torch.cat([number[rows], places + c], 1).gather(1, order)
-            rank[q : q + 1024] += similarity.gt_(bar[q : q + 1024]).sum(1)  # in place: done with it
+            rank[q : q + 1024] += (similarity > threshold[q : q + 1024]).sum(1)
     return best.cpu(), number.cpu(), rank.cpu()
 
 
@@ -244,13 +245,14 @@ def main(args):
         best = search(queries, embeddings, truth[rows].repeat(2), args.top_k, device)
         segments = []
         for i, row in enumerate(rows):
-            start, t, m = int(data.starts[row]), truth[row].item(), is_masked[row].item()
-            time, caption, read = f"{start // 60}:{start % 60:02}", captions[t] * (t >= 0), []
-            for q, known in ((i, t), (i + len(rows), None)):
+            start, true, masked = int(data.starts[row]), truth[row].item(), is_masked[row].item()
+            caption, read = captions[true] if true >= 0 else "", []
+            for q, known in ((i, true), (i + len(rows), None)):
                 pairs = zip(best[0][q].tolist(), best[1][q].tolist(), strict=True)
                 pairs = [f"{s:.2f} {'same' if n == known else captions[n]}" for s, n in pairs]
                 read.append("\n".join(pairs))
-            segments.append((time, "▒" * m, caption, read[0], read[1] * m))
+            time, mark = f"{start // 60}:{start % 60:02}", "▒" if masked else ""
+            segments.append((time, mark, caption, read[0], read[1] if masked else ""))
         print(f"{name}, ▒ is masked\n")
         print_table(segments)
         if args.figure:  # of two frames a segment dict keeps the second: from its middle
@@ -266,7 +268,7 @@ def main(args):
         truth[rows] = search(rebuilt["true"][rows], embeddings, truth[rows], 1, device)[1][:, 0]
     if not len(rows):
         raise SystemExit(f"{args.data}: found no masked segment to score, expected longer videos")
-    print(f"\nrank of the {what} among {len(captions):,}, {len(rows):,} masked segments\n")
+    print(f"\nrank of the {what} among {len(captions):,} captions, {len(rows):,} masked segments\n")
     print(f"{'':16}     R@1     R@5    R@10   median rank")
     scores = {"n": len(rows), "captions": len(captions)}
     for name in [*rebuilt, "chance"]:

@@ -158,7 +158,7 @@ def test_features_are_those_of_each_video_alone(tmp_path, is_raw):
     lengths = [3, 1, 20, 3, 7]
     data = load_data(write_npz(tmp_path / "out.npz", [*"abcde"], lengths=lengths))
     model = None if is_raw else probe.load_checkpoint(write_checkpoint(tmp_path / "c"), data, CPU)
-    features = probe.compute_features(data, model, CPU).split([n + 1 for n in lengths])
+    features = probe.compute_features(data, model, CPU).embeddings.split([n + 1 for n in lengths])
     for x, video in zip(features, data.embeddings.float().split(lengths), strict=True):
         with torch.no_grad():
             alone = [torch.zeros(1, 16), video] if is_raw else model.encode(
@@ -239,8 +239,8 @@ def test_test_labels_reach_nothing_but_the_score(tmp_path):
     targets = torch.arange(60) % 2
     swapped = torch.where(torch.arange(60) < 45, targets, 1 - targets)
     for row in ("raw linear", "raw attentive"):
-        one = probe.fit(row, features, data, targets, split, 0, args, CPU)
-        two = probe.fit(row, features, data, swapped, split, 0, args, CPU)
+        one = probe.fit(row, features, targets, split, 0, args, CPU)
+        two = probe.fit(row, features, swapped, split, 0, args, CPU)
         assert one + two == pytest.approx(100) and one != two
 
 
@@ -251,7 +251,7 @@ def test_regression_is_scored_in_its_own_unit(tmp_path):
     targets = 1000 + 50 * data.embeddings[:, 0].float()
     split = {"train": list(range(80)), "val": list(range(80, 100)), "test": list(range(100, 120))}
     args, features = probe.get_args(["--lr", "0.01"]), probe.compute_features(data, None, CPU)
-    mean, linear = (probe.fit(row, features, data, targets, split, 0, args, CPU)
+    mean, linear = (probe.fit(row, features, targets, split, 0, args, CPU)
                     for row in ("majority", "raw linear"))  # fmt: skip
     error = (targets[100:] - targets[:80].mean()).square().mean().item()
     assert mean == pytest.approx(error, rel=1e-3) and linear < mean / 5

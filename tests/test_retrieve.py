@@ -112,13 +112,13 @@ def test_captions_count_once(world, tmp_path):
     path = str(tmp_path / "captions.txt")
     Path(path).write_bytes("\ufeffb  b\r\na\r\n\r\nb b\r\nа\r\n".encode())  # the last is Cyrillic
     captions, embeddings, truth = retrieve.read_captions(path, data)
-    assert captions == ["a", "b b", "а"] and embeddings is None and (truth == -1).all()
+    assert captions == ["b b", "a", "а"] and embeddings is None and (truth == -1).all()
     vectors = torch.randn(4, 32)
     path = str(tmp_path / "captions.npz")
     np.savez(path, captions=["b b", "a", " b b", "c"], embeddings=vectors.numpy())
     captions, embeddings, _ = retrieve.read_captions(path, data)
-    assert captions == ["a", "b b", "c"]
-    assert torch.allclose(embeddings, F.normalize(vectors[[1, 0, 3]], dim=1))
+    assert captions == ["b b", "a", "c"]
+    assert torch.allclose(embeddings, F.normalize(vectors[[2, 1, 3]], dim=1))
 
 
 def test_csv_finds_its_segments(world, tmp_path):
@@ -128,7 +128,7 @@ def test_csv_finds_its_segments(world, tmp_path):
     rows = 'b/v1.avi,2.50,"one, two"\nelsewhere.avi,0,three\na/v0.avi,5,four\na/v2.avi,0,\n'
     Path(path).write_text("video,start,caption\n" + rows)
     captions, _, truth = retrieve.read_captions(path, data)
-    assert captions == ["four", "one, two", "three"]
+    assert captions == ["one, two", "three", "four"]
     assert {row: captions[n] for row, n in enumerate(truth) if n >= 0} == {2: "four", 4: "one, two"}
 
 
