@@ -22,6 +22,7 @@ import os
 import shutil
 import socket
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from urllib.request import getproxies
@@ -253,11 +254,12 @@ def main(args):
 
     n_segments, batch_size = 0, args.batch_size or (16 if device.type == "cpu" else 256)
     parts = extract(args.videos, todo, model, args.segment_seconds, args.frames, batch_size)
+    begin = time.time()
     with tqdm(total=len(mine), initial=len(mine) - len(todo), unit="video") as bar:
         for part in parts:
             save(paths[part["videos"][0]], folder, **part)
             n_segments += len(part["starts"])
-            bar.set_postfix_str(f"{n_segments / bar.format_dict['elapsed']:.1f} segments/s")
+            bar.set_postfix_str(f"{n_segments / (time.time() - begin):.1f} segments/s")
             bar.update()
 
     try:
@@ -268,7 +270,7 @@ def main(args):
     good = [part for part in parts if len(part["starts"])]
     notes = [f"  {part['videos'][0]}: {part['note']}" for part in parts if part["note"]]
     if good:
-        save(args.out, folder, meta=json.dumps(meta), **{
+        save(args.out, os.path.dirname(args.out) or ".", meta=json.dumps(meta), **{
             key: np.concatenate([part[key] for part in good]) for key in good[0] if key != "note"})
     shutil.rmtree(folder, ignore_errors=True)
     print(f"{len(good)} of {len(videos)} videos, {sum(len(part['starts']) for part in good):,} "

@@ -16,10 +16,10 @@ The other four scripts import this file; it imports none of them.
 """
 
 import json
-import pickle
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import numpy as np
@@ -120,8 +120,8 @@ def find_tokens(N, lengths, is_masked=None):
 
 
 def send(x, device):
-    """Copy to the device; from pinned memory, so that the host goes on without waiting for it."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+    """Copy to the device; to a GPU from pinned memory, so that the host does not wait for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 class Groups(NamedTuple):
@@ -350,21 +350,22 @@ def load_data(path):
         found = f"length {norm[worst]:.3g} in row {row + worst}"
         check(abs(norm[worst] - 1) < 0.01, "embeddings", found, "length 1: divide by the norm")
     try:
-        meta = json.loads(str(arrays.get("meta", "{}")))
-    except json.JSONDecodeError:
-        check(False, "meta", repr(str(arrays["meta"])[:40]), "JSON")
+        meta = dict(json.loads(str(arrays.get("meta", "{}"))))
+    except (TypeError, ValueError):
+        check(False, "meta", repr(str(arrays["meta"])[:40]), "a JSON object")
 
     embeddings = torch.from_numpy(arrays["embeddings"].astype(np.float16, copy=False))
     first = lengths.cumsum(0) - lengths  # (V,)
     place = torch.arange(S) - first.repeat_interleave(lengths)  # (S,) in its own video
     starts = arrays.get("starts", (place * meta.get("segment_seconds", 5.0)).numpy())
     starts = torch.from_numpy(starts.astype(np.float32))
+    check(starts.isfinite().all(), "starts", "some that are not finite", "seconds")
     labels = arrays["labels"].tolist() if "labels" in arrays else [""] * V
     return Data(path, embeddings, lengths, first, starts, videos, labels, meta)
 
 
 def load_checkpoint(path, data, device):
-    """Rebuild the trained model of train.py's checkpoint, in eval mode, for embeddings like `data`.
+    """Rebuild the model of train.py's checkpoint, for embeddings like `data`.
 
     Raises SystemExit with one line if there is no checkpoint or it was trained on another size.
     """
@@ -374,9 +375,8 @@ def load_checkpoint(path, data, device):
         model.load_state_dict(checkpoint["model"])
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such file: make it with train.py") from None
-    except (OSError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise SystemExit(f"{path}: not a checkpoint of train.py ({reason})") from None
+    except (OSError, EOFError, RuntimeError, LookupError, TypeError, UnpicklingError) as error:
+        raise SystemExit(f"{path}: not a checkpoint of train.py ({error!r:.99})") from None
     found, expected = data.embeddings.shape[1], model.config.dim
     if found != expected:
         raise SystemExit(f"{path}: for embeddings of size {expected}, {data.path} has {found}")

@@ -149,8 +149,8 @@ def make_split(found, named, seed, is_class, source):
 def compute_features(data, model, device):
     """Data whose rows are [CLS] and the segments of each video: (S + V, D). `model` None: raw."""
     V, (S, D) = len(data.videos), data.embeddings.shape
-    features = data._replace(embeddings=torch.empty(S + V, D).half(), lengths=data.lengths + 1,
-                             first=data.first + torch.arange(V))
+    features = data._replace(embeddings=torch.empty(S + V, D, dtype=torch.half),
+                             first=data.first + torch.arange(V), lengths=data.lengths + 1)
     for videos in data.lengths.argsort(stable=True).split(32):  # of similar length: little padding
         lengths = data.lengths[videos]
         x = pad(data.embeddings, data.first[videos], lengths)  # (B, N, D)
@@ -214,7 +214,8 @@ def selective_scan(x, delta, rate, b, c):
     """State h_t = exp(-rate delta_t) h_t-1 + delta_t b_t x_t, output y_t = c_t h_t, for all t.
 
     x (B, N, H, P), delta (B, N, H), rate (H,), b and c (B, N, K) -> y (B, N, H, P). Unrolled, y_t
-    sums over the steps s up to t, each shrunk by the decays since: one matrix product (Mamba-2).
+    sums over the steps s up to t, each shrunk by the decays since: one matrix product (Mamba-2), of
+    which the memory grows with N * N.
     """
     log_decay = (-rate * delta).cumsum(1)  # (B, N, H)
     log_decay = log_decay[:, :, None] - log_decay[:, None]  # (B, N, N, H), at [t, s]
@@ -334,7 +335,8 @@ def main(args):
     wanted = [row for row in wanted if ROWS[row][0] in ("raw", args.features)]
     features = {"raw": compute_features(data, None, device)}
     if any(ROWS[row][0] == "lvmae" for row in wanted):
-        features["lvmae"] = compute_features(data, load_checkpoint(args.ckpt, data, device), device)
+        model = load_checkpoint(args.ckpt, data, device)
+        features["lvmae"] = compute_features(data, model, device)
 
     n = {part: len(indices) for part, indices in splits[0].items()}
     metric = f"{len(classes)} classes; accuracy in %" if is_class else "mean squared error"

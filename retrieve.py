@@ -59,7 +59,7 @@ def get_args(argv=None):
     add("--show", type=int, default=12, help="segments to show, from mid-video")
     add("--top-k", type=int, default=1, help="captions to show of each embedding")
     add("--figure", metavar="PNG", help="also draw them, with a frame of each segment")
-    add("--videos", metavar="FOLDER", help="folder given to extract.py, for --figure")
+    add("--videos", metavar="FOLDER", default="", help="folder given to extract.py, for --figure")
     add("--json", metavar="FILE", help="also write the scores to this file")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where")
     return parser.parse_args(argv)
@@ -222,13 +222,15 @@ def draw_figure(name, segments, frames):
 def main(args):
     """Print what the masked segments of a video are read as, and how well it goes over all."""
     sys.stdout.reconfigure(errors="replace")  # captions may hold what the terminal cannot show
+    if not 0 < args.mask_ratio < 1 or args.top_k < 1:
+        raise SystemExit("--mask-ratio, --top-k: expected between 0 and 1, at least 1")
     device, data = lvmae.pick_device(args.device), lvmae.load_data(args.data)
     shown = args.video or [data.videos[data.lengths.argmax()]]
     for name in shown:
         if name not in data.videos:
             near = ", ".join(difflib.get_close_matches(name, data.videos, 3, cutoff=0))
             raise SystemExit(f"--video {name}: not in {args.data}, the nearest are {near}")
-        if args.figure and not os.path.isfile(path := os.path.join(args.videos or "", name)):
+        if args.figure and not os.path.isfile(path := os.path.join(args.videos, name)):
             raise SystemExit(f"{path}: no such file: give --videos, the folder given to extract.py")
     captions, embeddings, truth = read_captions(args.captions, data)
     if embeddings is None:

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +71,9 @@ def get_args(argv=None):
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where")
     add("--seed", type=int, default=0, help="of weights, split, crops and masks")
 
-    parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].preset])
+    # The preset is read first, for --help too, since the other defaults depend on it.
+    words = [word for word in argv or sys.argv[1:] if word not in ("-h", "--help")]
+    parser.set_defaults(**PRESETS[parser.parse_known_args(words)[0].preset])
     args = parser.parse_args(argv)
     if args.mask_ratio is None:
         args.mask_ratio = {"random": 0.4, "semantic": 0.5}[args.mask]  # the best of Figure 2
@@ -109,7 +112,7 @@ def read_videos(files, val_share, seed):
         order = usable[torch.randperm(len(usable), generator=seeded(seed))] + offset
         val, train = [*val, order[:n_val]], [*train, order[n_val:]]
         offset += len(part.videos)
-    embeddings = torch.cat([part.embeddings for part in parts])
+    embeddings = torch.cat([part.embeddings for part in parts]) if parts[1:] else part.embeddings
     lengths = torch.cat([part.lengths for part in parts])
     first = lengths.cumsum(0) - lengths  # training needs these three; the rest is the first file's
     data = parts[0]._replace(embeddings=embeddings, lengths=lengths, first=first)
@@ -195,10 +198,10 @@ def train_epoch(net, optimizer, batches, epoch, steps, args, world, device):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(epoch + (step + 0.5) / steps, args, world)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, _ = net(x.to(device, non_blocking=True), lengths, is_masked)
+            loss, _ = net(lvmae.send(x, device), lengths, is_masked)
         # DDP averages the gradients of the processes, but the loss is a mean over the masked
         # segments of them all: each process is weighted by its share of these.
-        counts = torch.stack([is_masked.sum(), lengths.sum()]).to(device, non_blocking=True)
+        counts = lvmae.send(torch.stack([is_masked.sum(), lengths.sum()]), device)
         (loss * counts[0] * world / total(counts[0].clone())).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -225,27 +228,33 @@ def evaluate(predict, data, batches, device):
 
 
 def digests(files):
-    """{file name: checksums of its arrays, as they stand in the npz}."""
-    sums = {}
+    """[[file name, checksums of its arrays as they stand in the npz], ..]."""
+    sums = []
     for path in files:
         with zipfile.ZipFile(path) as file:
-            sums[os.path.basename(path)] = " ".join(f"{array.CRC:08x}" for array in file.infolist())
+            crcs = " ".join(f"{array.CRC:08x}" for array in file.infolist())
+            sums.append([os.path.basename(path), crcs])
     return sums
 
 
-def resume(args, origin, model, optimizer):
-    """Load --out back into model and optimizer -> the number of epochs behind it."""
+def settings(args, world):
+    """What a run that goes on must have in common with its beginning."""
+    free = ("data", "out", "resume", "device", "batch_size")
+    kept = {f"--{name.replace('_', '-')}": x for name, x in vars(args).items() if name not in free}
+    return kept | {"--batch-size x processes": args.batch_size * world}
+
+
+def resume(args, world, data, device):
+    """Load --out -> the model, the state of the optimizer, and the number of epochs behind it."""
+    model = lvmae.load_checkpoint(args.out, data, device).train()
     checkpoint = torch.load(args.out, map_location="cpu", weights_only=True)
-    may_differ = {"data", "out", "resume", "device", "batch_size"}
-    for name, value in checkpoint["args"].items():
-        if name not in may_differ and vars(args)[name] != value:
-            flag = "--" + name.replace("_", "-")
-            raise SystemExit(f"{args.out}: made with {flag} {value}, found {vars(args)[name]}")
-    if checkpoint["data"] != origin:
+    for flag, found in settings(args, world).items():
+        expected = checkpoint["args"].get(flag)
+        if found != expected:
+            raise SystemExit(f"{args.out}: made with {flag} {expected}, found {found}")
+    if checkpoint["data"] != digests(args.data):
         raise SystemExit(f"{args.out}: made from other files or contents than --data: train anew")
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return checkpoint["epoch"]
+    return model, checkpoint["optimizer"], checkpoint["epoch"]
 
 
 # ---- The stage ----------------------------------------------------------------------------------
@@ -277,19 +286,22 @@ def main(args):
     mask = lvmae.MASKS[args.mask]
     val_batches = validation_batches(data, val, mask, args)[share]
 
-    torch.manual_seed(args.seed)
     config = lvmae.LVMAEConfig(
         data.embeddings.shape[1], args.depth, args.heads, args.decoder_dim, args.decoder_depth,
         args.decoder_heads, args.max_segments, args.input_scale)
     if config.dim % config.heads:
         raise SystemExit(f"--heads {config.heads}: must divide {config.dim}, the embedding size")
-    model = lvmae.LVMAE(config).to(device)
-    optimizer = make_optimizer(model, args)
-    origin, done = digests(args.data), 0
+    torch.manual_seed(args.seed)
+    model, moments, done = lvmae.LVMAE(config).to(device), None, 0
     if args.resume and os.path.exists(args.out):
-        done = resume(args, origin, model, optimizer)
+        model, moments, done = resume(args, world, data, device)
+    if total(torch.tensor([done], device=device)).item() != done * world:
+        raise SystemExit(f"{args.out}: found different files, expected one that all machines share")
     if done >= args.epochs:
         raise SystemExit(f"{args.out}: has all {args.epochs} epochs behind it")
+    optimizer = make_optimizer(model, args)
+    if done:
+        optimizer.load_state_dict(moments)
     net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
 
     size = sum(p.numel() for p in model.parameters()) / 1e6
@@ -305,10 +317,11 @@ def main(args):
 
     log = os.path.splitext(args.out)[0] + ".jsonl"
     if rank == 0:
-        lines = open(log).readlines()[:done] if done else []
+        os.makedirs(os.path.dirname(log) or ".", exist_ok=True)
+        lines = open(log).readlines()[:done] if done and os.path.exists(log) else []
         with open(log, "w") as file:
             file.writelines(lines)
-    begin = time.time()
+    origin, begin = digests(args.data), time.time()
     for epoch in range(done + 1, args.epochs + 1):
         epoch_begin = time.time()
         batches = training_batches(data, train, mask, args, epoch, steps, share)
@@ -327,8 +340,8 @@ def main(args):
             with open(log, "a") as file:
                 print(json.dumps(record), file=file)
             checkpoint = dict(model=model.state_dict(), config=asdict(config),
-                              optimizer=optimizer.state_dict(), epoch=epoch, args=vars(args),
-                              data=origin, encoder=data.meta)
+                              optimizer=optimizer.state_dict(), epoch=epoch,
+                              args=settings(args, world), data=origin, encoder=data.meta)
             torch.save(checkpoint, args.out + ".tmp")  # then moved: --out is always whole
             os.replace(args.out + ".tmp", args.out)
     say(f"{args.out}: {args.epochs} epochs, validation cosine {cosine:.4f}, trivial {best:.4f}")

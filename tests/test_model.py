@@ -264,7 +264,9 @@ NAN_ROW = np.where(np.arange(7)[:, None] == 4, np.nan, np.eye(7, D))
         (dict(videos=np.array(["a", "b"], dtype=object)), "not an npz of plain arrays"),
         (dict(starts=np.zeros(3)), r"'starts'.*\(3,\)"),
         (dict(labels=np.array(["a"])), r"'labels'.*\(1,\)"),
+        (dict(starts=np.full(7, np.nan)), "'starts'.*finite"),
         (dict(meta=np.array("{broken")), "'meta'.*JSON"),
+        (dict(meta=np.array("null")), "'meta'.*JSON"),
     ],
 )
 def test_broken_npz_is_refused(tmp_path, changes, message):

@@ -112,7 +112,7 @@ def test_each_process_reads_its_share_of_the_files(tmp_path):
     done = run(tmp_path, "--data", *files, "--epochs", 1, "--batch-size", 8, processes=2)
     assert "54 videos to train on, 6 to validate on" in done.stdout
     checkpoint = torch.load(tmp_path / "lvmae.pt", weights_only=True)
-    assert sorted(checkpoint["data"]) == ["part0.npz", "part1.npz", "part2.npz"]
+    assert [name for name, _ in checkpoint["data"]] == ["part0.npz", "part1.npz", "part2.npz"]
 
 
 def test_several_files_are_one_data_set(tmp_path):
@@ -146,12 +146,15 @@ def test_learning_rate_by_hand():
         assert train.learning_rate(epoch, args, world=8) == pytest.approx(lr, abs=1e-12)
 
 
-def test_presets_and_flags():
-    """Catches a preset that overrides a flag, and a paper preset that is not Table 5."""
+def test_presets_and_flags(capsys):
+    """Catches a preset that overrides a flag, is not Table 5, or does not show in --help."""
     args = train.get_args("--preset paper --depth 3 --mask semantic".split())
     assert (args.depth, args.heads, args.mask_ratio, args.epochs) == (3, 16, 0.5, 150)
     assert (args.weight_decay, args.beta1, args.beta2, args.batch_size) == (0.05, 0.9, 0.95, 16)
     assert train.get_args([]).mask_ratio == 0.4
+    with pytest.raises(SystemExit):
+        train.get_args("--preset paper --help".split())
+    assert "layers of the encoder (default: 32)" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit):
         train.get_args(["--mask-ratio", "1.5"])
 
@@ -195,6 +198,8 @@ def test_not_a_number_stops_and_keeps_the_checkpoint(uninterrupted, tmp_path, mo
         (["--heads", "3"], "--heads 3: must divide 16"),
         (["--resume", "--depth", "2"], "lvmae.pt: made with --depth 1, found 2"),
         (["--resume", "--data", "other.npz"], "lvmae.pt: made from other files"),
+        (["--resume", "--batch-size", "8"], "made with --batch-size x processes 16, found 8"),
+        (["--resume", "--out", "out.npz"], "out.npz: not a checkpoint"),
         (["--data", "tiny.npz"], "tiny.npz: 1 videos of 2 or more segments: too few"),
         (["--data", "out.npz", "wide.npz"], "wide.npz: embeddings of size 32, but out.npz has 16"),
     ],
