@@ -323,44 +323,37 @@ def load_data(path):
         if not is_right:
             raise SystemExit(f"{path}: key '{key}': found {found}, expected {expected}")
 
-    sizes = {}  # each letter below stands for one number
-    for key, kinds, shape, meaning in (
-        ("embeddings", "f", "SD", "float (S, D)"),
-        ("lengths", "iu", "V", "whole numbers (V,)"),
-        ("videos", "U", "V", "text (V,)"),
-        ("labels", "U", "V", "text (V,)"),
-        ("starts", "f", "S", "float (S,)"),
-    ):
-        is_optional = key in ("labels", "starts")
-        check(key in arrays or is_optional, key, f"only {sorted(arrays)}", "this key")
-        if key in arrays:
-            x = arrays[key]
-            is_right = x.dtype.kind in kinds and len(x.shape) == len(shape)
-            agree = [sizes.setdefault(a, n) == n for a, n in zip(shape, x.shape, strict=False)]
-            found, expected = f"{x.dtype} {x.shape}", f"{meaning}, with {sizes}"
-            check(is_right and all(agree), key, found, expected)
-    S, V, lengths = sizes["S"], sizes["V"], torch.from_numpy(arrays["lengths"].astype(np.int64))
-    check(V > 0 and lengths.min() > 0, "lengths", f"{lengths[:9]}", "at least one segment each")
+    for key in ("embeddings", "lengths", "videos"):
+        check(key in arrays, key, f"only {sorted(arrays)}", "this key")
+    rows, n = arrays["embeddings"], arrays["lengths"]
+    is_right = rows.ndim == 2 and rows.dtype.kind == "f"
+    check(is_right, "embeddings", f"{rows.dtype} {rows.shape}", "float (S, D)")
+    check(n.ndim == 1 and n.dtype.kind in "iu", "lengths", f"{n.dtype} {n.shape}", "int (V,)")
+    lengths, S, V = torch.from_numpy(n.astype(np.int64)), len(rows), len(n)
+    check(V and (lengths > 0).all(), "lengths", f"{n[:9]}", "at least one segment each")
     check(lengths.sum() == S, "lengths", f"sum {lengths.sum()}", f"the {S} rows of 'embeddings'")
-    videos = arrays["videos"].tolist()
-    check(len(set(videos)) == V, "videos", "a name twice", "each name once")
-    for row in range(0, S, 100_000):  # in pieces: a float32 copy of the whole may not fit
-        norm = np.linalg.norm(arrays["embeddings"][row : row + 100_000].astype(np.float32), axis=1)
-        worst = np.nan_to_num(np.abs(norm - 1), nan=np.inf).argmax()
-        found = f"length {norm[worst]:.3g} in row {row + worst}"
-        check(abs(norm[worst] - 1) < 0.01, "embeddings", found, "length 1: divide by the norm")
     try:
         meta = dict(json.loads(str(arrays.get("meta", "{}"))))
     except (TypeError, ValueError):
         check(False, "meta", repr(str(arrays["meta"])[:40]), "a JSON object")
 
-    embeddings = torch.from_numpy(arrays["embeddings"].astype(np.float16, copy=False))
     first = lengths.cumsum(0) - lengths  # (V,)
     place = torch.arange(S) - first.repeat_interleave(lengths)  # (S,) in its own video
-    starts = arrays.get("starts", (place * meta.get("segment_seconds", 5.0)).numpy())
-    starts = torch.from_numpy(starts.astype(np.float32))
-    check(starts.isfinite().all(), "starts", "some that are not finite", "seconds")
-    labels = arrays["labels"].tolist() if "labels" in arrays else [""] * V
+    starts = (place * meta.get("segment_seconds", 5.0)).numpy()
+    arrays = {"labels": np.full(V, ""), "starts": starts} | arrays
+    for key, kind, shape in (("videos", "U", (V,)), ("labels", "U", (V,)), ("starts", "f", (S,))):
+        x, expected = arrays[key], f"{'float' if kind == 'f' else 'text'} {shape}"
+        check(x.dtype.kind == kind and x.shape == shape, key, f"{x.dtype} {x.shape}", expected)
+    check(len(set(arrays["videos"])) == V, "videos", "a name twice", "each name once")
+    check(np.isfinite(arrays["starts"]).all(), "starts", "not all finite", "seconds")
+    for row in range(0, S, 100_000):  # in pieces: a float32 copy of the whole may not fit
+        norm = np.linalg.norm(rows[row : row + 100_000].astype(np.float32), axis=1)
+        bad = (~(np.abs(norm - 1) < 0.01)).argmax()  # the first, also if it is not a number
+        found = f"length {norm[bad]:.3g} in row {row + bad}"
+        check(abs(norm[bad] - 1) < 0.01, "embeddings", found, "length 1: divide by the norm")
+    embeddings = torch.from_numpy(rows.astype(np.float16, copy=False))
+    starts = torch.from_numpy(arrays["starts"].astype(np.float32))
+    videos, labels = arrays["videos"].tolist(), arrays["labels"].tolist()
     return Data(path, embeddings, lengths, first, starts, videos, labels, meta)
 
 
