@@ -28,6 +28,7 @@ from pathlib import Path, PurePosixPath
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 from model import LVMAE, LVMAEConfig, find_tokens, load_checkpoint, load_data, pad, pick_device
 
@@ -151,7 +152,8 @@ def compute_features(data, model, device):
     V, (S, D) = len(data.videos), data.embeddings.shape
     features = data._replace(embeddings=torch.empty(S + V, D, dtype=torch.half),
                              first=data.first + torch.arange(V), lengths=data.lengths + 1)
-    for videos in data.lengths.argsort(stable=True).split(32):  # of similar length: little padding
+    batches = data.lengths.argsort(stable=True).split(32)  # of similar length: little padding
+    for videos in tqdm(batches, "features", leave=False, disable=None):
         lengths = data.lengths[videos]
         x = pad(data.embeddings, data.first[videos], lengths)  # (B, N, D)
         x = model.encode(x.to(device), lengths).cpu() if model else F.pad(x, (0, 0, 1, 0))
@@ -293,7 +295,7 @@ def fit(row, features, targets, split, seed, args, device):
         head = Head(D, outputs).to(device)
         optimizer = torch.optim.Adam(head.parameters(), lr, betas=(0.9, 0.999))
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
-        for _ in range(args.epochs or epochs):
+        for _ in tqdm(range(args.epochs or epochs), f"{row}, epochs", leave=False, disable=None):
             head.train()
             order = torch.tensor(train)[torch.randperm(len(train))]
             # Batches of equal size: BatchNorm cannot train on a last one of one video.
