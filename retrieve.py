@@ -164,7 +164,8 @@ def search(queries, captions, truth, top_k, device):
     threshold = (queries * captions[truth].to(queries)).sum(1, keepdim=True) + 1e-6  # (Q, 1)
     best = torch.full((len(queries), min(top_k, len(captions))), -2.0, device=device)
     number, rank = torch.zeros_like(best, dtype=torch.long), torch.ones_like(threshold[:, 0])
-    for c in range(0, len(captions), 2048):
+    blocks = range(0, len(captions), 2048)
+    for c in tqdm(blocks, "search", leave=False, disable=len(captions) < 100_000 or None):
         block = captions[c : c + 2048].to(queries).T  # (D, 2048)
         for q in range(0, len(queries), 1024):
             similarity = queries[q : q + 1024] @ block  # (1024, 2048)
