@@ -255,11 +255,12 @@ def main(args):
     n_segments, batch_size = 0, args.batch_size or (16 if device.type == "cpu" else 256)
     parts = extract(args.videos, todo, model, args.segment_seconds, args.frames, batch_size)
     begin = time.time()
-    with tqdm(total=len(mine), initial=len(mine) - len(todo), unit="video") as bar:
+    with tqdm(total=len(mine), initial=len(mine) - len(todo), unit="video", mininterval=1) as bar:
         for part in parts:
             save(paths[part["videos"][0]], folder, **part)
             n_segments += len(part["starts"])
-            bar.set_postfix_str(f"{n_segments / (time.time() - begin):.1f} segments/s")
+            speed = n_segments / (time.time() - begin)
+            bar.set_postfix_str(f"{speed:.1f} segments/s", refresh=False)
             bar.update()
 
     try:
