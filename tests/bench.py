@@ -304,7 +304,7 @@ def bench_probe(args):
     embeddings = F.normalize(torch.randn(videos * segments, dim), dim=1).half()
     names = [str(i) for i in range(videos)]
     data = model.Data("bench", embeddings, lengths, first, None, names, [], {})
-    config = model.LVMAEConfig(dim, 6, 8, 256, 2, 8)  # the compact preset
+    config = model.LVMAEConfig(dim, 2, 8, 256, 2, 8)  # the compact preset
     net = model.LVMAE(config).to(device).eval()
     targets = torch.arange(videos) % classes
     train, val = torch.arange(videos).tensor_split([videos * 4 // 5])
