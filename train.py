@@ -72,7 +72,8 @@ def get_args(argv=None):
     add("--seed", type=int, default=0, help="of weights, split, crops and masks")
 
     # The preset is read first, for --help too, since the other defaults depend on it.
-    words = [word for word in argv or sys.argv[1:] if word not in ("-h", "--help")]
+    words = sys.argv[1:] if argv is None else argv
+    words = [word for word in words if word not in ("-h", "--help")]
     parser.set_defaults(**PRESETS[parser.parse_known_args(words)[0].preset])
     args = parser.parse_args(argv)
     if args.mask_ratio is None:
