@@ -142,7 +142,8 @@ def make_split(found, named, seed, is_class, source):
     n = {part: len(indices) for part, indices in split.items()}
     if 0 in n.values() or n["train"] < 2 or (is_class and len(groups) < 2):
         raise SystemExit(f"{source}: found {len(groups)} classes and {n} videos, expected two or "
-                         "more classes and videos in each split")
+                         "more classes and videos in each split: give each class a folder below "
+                         "the one for extract.py, or give --labels FILE.csv")
     return split
 
 

@@ -232,7 +232,7 @@ def main(args):
             near = ", ".join(difflib.get_close_matches(name, data.videos, 3, cutoff=0))
             raise SystemExit(f"--video {name}: not in {args.data}, the nearest are {near}")
         if args.figure and not os.path.isfile(path := os.path.join(args.videos, name)):
-            raise SystemExit(f"{path}: no such file: give --videos, the folder given to extract.py")
+            raise SystemExit(f"{path}: no such file: give --videos, the folder of {args.data}")
     captions, embeddings, truth = read_captions(args.captions, data)
     if embeddings is None:
         embeddings = embed_captions(args.captions, captions, data, device)
@@ -271,7 +271,8 @@ def main(args):
         truth[rows] = search(rebuilt["true"][rows], embeddings, truth[rows], 1, device)[1][:, 0]
     if not len(rows):
         raise SystemExit(f"{args.data}: found no masked segment to score, expected longer videos")
-    print(f"\nrank of the {what} among {len(captions):,} captions, {len(rows):,} masked segments\n")
+    print(f"\nrank of the {what} among {len(captions):,} captions, {len(rows):,} masked segments "
+          f"({args.mask}, {args.mask_ratio:.0%})\n")
     print(f"{'':16}     R@1     R@5    R@10   median rank")
     scores = {"n": len(rows), "captions": len(captions)}
     for name in [*rebuilt, "chance"]:

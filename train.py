@@ -317,9 +317,9 @@ def main(args):
         best = max(best, cosine)
 
     log = os.path.splitext(args.out)[0] + ".jsonl"
-    if rank == 0:
-        os.makedirs(os.path.dirname(log) or ".", exist_ok=True)
-        lines = open(log).readlines()[:done] if done and os.path.exists(log) else []
+    os.makedirs(os.path.dirname(log) or ".", exist_ok=True)
+    if rank == 0 and done and os.path.exists(log):
+        lines = open(log).readlines()[:done]  # an epoch that came to the log, not to --out, goes
         with open(log, "w") as file:
             file.writelines(lines)
     origin, begin = digests(args.data), time.time()
@@ -338,7 +338,7 @@ def main(args):
             f"cosine {cosine:.4f}  lr {lr:.1e}  {speed:,.0f} segments/s  ETA {eta:.1f} min")
         if rank == 0:
             record = dict(epoch=epoch, loss=loss, val_loss=val_loss, cosine=cosine, lr=lr)
-            with open(log, "a") as file:
+            with open(log, "a" if epoch > 1 else "w") as file:
                 print(json.dumps(record), file=file)
             checkpoint = dict(model=model.state_dict(), config=asdict(config),
                               optimizer=optimizer.state_dict(), epoch=epoch,
