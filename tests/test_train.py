@@ -179,16 +179,17 @@ def test_long_crops(tmp_path, monkeypatch):
 
 
 def test_not_a_number_stops_and_keeps_the_checkpoint(uninterrupted, tmp_path, monkeypatch):
-    """Catches a broken run that overwrites the last good checkpoint."""
+    """Catches a broken run that overwrites the last good checkpoint, or its log."""
     folder, _ = uninterrupted
     for name in ("out.npz", "lvmae.pt", "lvmae.jsonl"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    before = (tmp_path / "lvmae.pt").read_bytes()
+    before, log = (tmp_path / "lvmae.pt").read_bytes(), (tmp_path / "lvmae.jsonl").read_text()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="the loss is"):
         flags = f"{SMALL} --epochs 2 --base-lr 1e30 --warmup-epochs 0"
         train.main(train.get_args(flags.split()))
     assert (tmp_path / "lvmae.pt").read_bytes() == before
+    assert (tmp_path / "lvmae.jsonl").read_text() == log
 
 
 @pytest.mark.parametrize(
