@@ -205,8 +205,9 @@ def draw_figure(name, segments, frames):
     figure = Image.new("RGB", (1000, 40 + -(-len(frames) // 4) * (above + below)), "white")
     draw = ImageDraw.Draw(figure)
     draw.text((8, 8), name, "black", font)
-    for x, text, colour in zip((504, 629, 776), TITLES[2:], COLOURS, strict=True):
-        draw.text((x, 8), text, colour, font)
+    for i, x in enumerate((504, 629, 776), 2):  # the columns that hold something
+        if any(segment[i] for segment in segments):
+            draw.text((x, 8), TITLES[i], COLOURS[i - 2], font)
     cells = zip(segments, columns, frames, strict=True)
     for i, ((time, masked, *_), lines, frame) in enumerate(cells):
         x, y = 8 + i % 4 * 248, 40 + i // 4 * (above + below) + above
