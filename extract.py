@@ -25,6 +25,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from pickle import UnpicklingError
 from urllib.request import getproxies
 
 import cv2
@@ -32,12 +33,16 @@ import huggingface_hub
 import numpy as np
 import open_clip
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from model import pick_device
 
 VIDEO_ENDINGS = (".3gp", ".asf", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4",
                  ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv")
+# What open_clip raises for names, hub, files, pickles and shapes that are wrong.
+LOAD_ERRORS = (AssertionError, AttributeError, EOFError, ImportError, LookupError, OSError,
+               RuntimeError, TypeError, ValueError, SafetensorError, UnpicklingError)
 
 
 def get_args(argv=None):
@@ -85,7 +90,7 @@ def load_encoder(model, pretrained, device):
     logging.disable(logging.CRITICAL)  # pages of log; the one line below says it all
     try:  # unlike create_model, this never returns random weights
         clip, _ = open_clip.create_model_from_pretrained(name, weights, device=device)
-    except Exception as error:  # files, pickles, shapes, hub: a dozen types of error
+    except LOAD_ERRORS as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
         raise SystemExit(f"--model {model} --pretrained {pretrained}: no weights ({reason}): give "
                          "--model FOLDER (open_clip model on disk) or --pretrained FILE") from None
