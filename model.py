@@ -316,7 +316,7 @@ def load_data(path):
             arrays = dict(file)
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such file: make it with extract.py") from None
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise SystemExit(f"{path}: not an npz of plain arrays ({error})") from None
 
     def check(is_right, key, found, expected):

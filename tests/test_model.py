@@ -281,9 +281,11 @@ def test_files_that_are_no_npz(tmp_path):
     """Catches a traceback where a file is missing, empty, cut or something else."""
     (tmp_path / "text.npz").write_text("hello")
     (tmp_path / "empty.npz").write_text("")
+    with open(tmp_path / "array.npz", "wb") as file:
+        np.save(file, np.eye(3))  # one array alone, as in a .npy
     whole = (tmp_path / "whole.npz").read_bytes() if write_npz(tmp_path / "whole.npz") else b""
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
-    for name in ("missing", "text", "empty", "cut"):
+    for name in ("missing", "text", "empty", "array", "cut"):
         with pytest.raises(SystemExit, match=f"{name}.npz: (no such file|not an npz)"):
             load_data(str(tmp_path / f"{name}.npz"))
 
