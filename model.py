@@ -16,6 +16,7 @@ The other four scripts import this file; it imports none of them.
 """
 
 import json
+import math
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -124,45 +125,33 @@ def send(x, device):
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-class Groups(NamedTuple):
-    """Where the T real tokens of a padded batch are, and which of them attend to each other.
+def find_groups(is_token, device):
+    """Sort the T tokens of a batch into groups of videos of similar length.
 
-    The linear layers see the T tokens as one matrix. Only attention must know which token belongs
-    to which video: it runs over a few groups of videos of similar length, each group padded to its
-    longest video, with a key mask over that little padding.
+    The linear layers see the tokens as one matrix. Only attention must know which of them belong
+    together: it runs group by group, each padded to its longest video, and that padding is little.
+    is_token (B, N+1) bool -> rows (T,), the place of each token in the flattened batch, one group
+    after the other, and for each group: the places of its tokens in its own padded rows, the shape
+    (G, L) of these, and is_key (G, 1, 1, L), which of them may be attended to (None: all).
     """
-
-    rows: torch.Tensor  # (T,) place of each token in the flattened (B * (N+1)) batch
-    gather: list  # per group (G, L): the token at each place; at padding any, as it is not seen
-    is_key: list  # per group (G, 1, 1, L): may this place be attended to? None: all may
-    restore: torch.Tensor  # (T,) place of each token in the groups, one group after the other
-
-
-def group_tokens(is_token, device):
-    """Plan the groups on the host, so that no GPU is waited for: (B, N+1) bool -> Groups."""
-    is_token = is_token.cpu()
+    is_token = is_token.cpu()  # planned on the host, so that no GPU is waited for
     count = is_token.sum(1)  # (B,) tokens of each video
-    begin = count.cumsum(0) - count  # (B,) its first token
     size_class = (2 * count.double().log2()).ceil()  # lengths in a class differ by sqrt(2) at most
-    gather, is_key = [], []
+    rows, groups = [], []
     for size in size_class.unique():  # a loop over groups, not over videos
-        member = size_class == size
-        index = torch.arange(int(count[member].max()))  # (L,)
-        is_key.append(index < count[member][:, None])  # (G, L)
-        gather.append(torch.where(is_key[-1], begin[member][:, None] + index, count.sum()))
-    # Padding has the number T so far: it comes last when the places are sorted by their token.
-    restore = torch.cat([g.flatten() for g in gather]).argsort()[: count.sum()]  # (T,)
-    return Groups(
-        rows=send(is_token.flatten().nonzero()[:, 0], device),
-        gather=[send(g * k, device) for g, k in zip(gather, is_key, strict=True)],
-        is_key=[None if k.all() else send(k[:, None, None], device) for k in is_key],
-        restore=send(restore, device),
-    )
+        is_member = size_class == size  # (B,)
+        rows.append((is_token & is_member[:, None]).flatten().nonzero()[:, 0])
+        n = count[is_member]
+        is_key = torch.arange(int(n.max())) < n[:, None]  # (G, L)
+        place = send(is_key.flatten().nonzero()[:, 0], device)
+        groups.append((place, is_key.shape,
+                       None if is_key.all() else send(is_key[:, None, None], device)))
+    return send(torch.cat(rows), device), groups
 
 
-def unpack(x, rows, B, N):
-    """Put tokens back to their places in the batch: (T, D) -> (B, N+1, D), zero elsewhere."""
-    return x.new_zeros(B * (N + 1), x.shape[1]).index_copy(0, rows, x).unflatten(0, (B, N + 1))
+def unpack(x, rows, shape):
+    """Put tokens to their places in a padded batch: (T, D) -> (*shape, D), zero elsewhere."""
+    return x.new_zeros(math.prod(shape), x.shape[1]).index_copy(0, rows, x).unflatten(0, shape)
 
 
 # ---- The model (Figure 1; section 7, "Architectural design") ------------------------------------
@@ -177,15 +166,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, groups):
-        qkv = self.qkv(x)  # (T, 3D)
+    def forward(self, x, groups):  # x (T, D)
         outs = []
-        for gather, is_key in zip(groups.gather, groups.is_key, strict=True):
-            group = F.embedding(gather, qkv)  # (G, L, 3D); a lookup whose backward is fast
-            q, k, v = group.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        tokens = self.qkv(x).split([len(place) for place, *_ in groups])
+        for qkv, (place, shape, is_key) in zip(tokens, groups, strict=True):
+            qkv = unpack(qkv, place, shape).unflatten(2, (3, self.heads, -1))  # (G, L, 3, H, D/H)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (G, H, L, D/H) each
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=is_key)  # (G, H, L, D/H)
-            outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))  # (G*L, D)
-        return self.proj(torch.cat(outs)[groups.restore])  # (T, D)
+            outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1)[place])  # its tokens, D
+        return self.proj(torch.cat(outs))  # (T, D)
 
 
 class Block(nn.Module):
@@ -280,27 +269,26 @@ class LVMAE(nn.Module):
         Without `is_masked` all segments are visible. Rows of masked segments and padding are zero.
         """
         B, N, _ = embeddings.shape
-        groups = group_tokens(find_tokens(N, lengths, is_masked), embeddings.device)
+        rows, groups = find_groups(find_tokens(N, lengths, is_masked), embeddings.device)
         x = torch.cat([self.cls_token.expand(B, -1, -1), embeddings * self.input_scale], dim=1)
         x = x + positions(self.pos_embed, N)  # (B, N+1, D)
-        x = x.flatten(0, 1)[groups.rows]  # (T, D)
+        x = x.flatten(0, 1)[rows]  # (T, D)
         for block in self.blocks:
             x = block(x, groups)
-        return unpack(self.norm(x), groups.rows, B, N)  # (B, N+1, D)
+        return unpack(self.norm(x), rows, (B, N + 1))  # (B, N+1, D)
 
     def decode(self, latents, lengths, is_masked):
         """Eq. (2): predict every segment from the latents of the visible ones -> (B, N, D)."""
         B, N = is_masked.shape
-        groups = group_tokens(find_tokens(N, lengths), latents.device)
-        is_hidden = send(F.pad(is_masked, (1, 0)), latents.device).flatten()[groups.rows]  # (T,)
-        x = self.decoder_embed(latents.flatten(0, 1)[groups.rows])  # (T, D)
+        rows, groups = find_groups(find_tokens(N, lengths), latents.device)
+        is_hidden = send(F.pad(is_masked, (1, 0)), latents.device).flatten()[rows]  # (T,)
+        x = self.decoder_embed(latents.flatten(0, 1)[rows])  # (T, D)
         x = torch.where(is_hidden[:, None], self.mask_token[0], x)
-        place = positions(self.decoder_pos_embed, N).expand(B, -1, -1)  # (B, N+1, D)
-        x = x + place.flatten(0, 1)[groups.rows]
+        x = x + positions(self.decoder_pos_embed, N).expand(B, -1, -1).flatten(0, 1)[rows]
         for block in self.decoder_blocks:
             x = block(x, groups)
         x = self.decoder_pred(self.decoder_norm(x)) / self.input_scale  # (T, D)
-        return unpack(x, groups.rows, B, N)[:, 1:]  # without [CLS]: (B, N, D)
+        return unpack(x, rows, (B, N + 1))[:, 1:]  # without [CLS]: (B, N, D)
 
 
 # ---- Files and devices --------------------------------------------------------------------------
