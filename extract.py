@@ -23,9 +23,8 @@ import shutil
 import socket
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from pickle import UnpicklingError
+from pathlib import Path
 from urllib.request import getproxies
 
 import cv2
@@ -36,13 +35,10 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from model import pick_device
+from model import explain, pick_device, prefetch, require
 
 VIDEO_ENDINGS = (".3gp", ".asf", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4",
                  ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv")
-# What open_clip raises for names, hub, files, pickles and shapes that are wrong.
-LOAD_ERRORS = (AssertionError, AttributeError, EOFError, ImportError, LookupError, OSError,
-               RuntimeError, TypeError, ValueError, SafetensorError, UnpicklingError)
 
 
 def get_args(argv=None):
@@ -88,12 +84,10 @@ def load_encoder(model, pretrained, device):
         except OSError:
             huggingface_hub.constants.HF_HUB_OFFLINE = True
     logging.disable(logging.CRITICAL)  # pages of log; the one line below says it all
-    try:  # unlike create_model, this never returns random weights
+    expected = "weights: give --model FOLDER (open_clip model on disk) or --pretrained FILE"
+    with explain(f"--model {model} --pretrained {pretrained}", expected, AssertionError,
+                 ImportError, SafetensorError):  # unlike create_model, this has no random weights
         clip, _ = open_clip.create_model_from_pretrained(name, weights, device=device)
-    except LOAD_ERRORS as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
-        raise SystemExit(f"--model {model} --pretrained {pretrained}: no weights ({reason}): give "
-                         "--model FOLDER (open_clip model on disk) or --pretrained FILE") from None
     logging.disable(logging.NOTSET)
     return clip.eval(), name
 
@@ -156,18 +150,6 @@ def decode(path, segment_seconds, frames_per_segment, preprocess):
     yield None, (end, note)
 
 
-def prefetch(generator, size):
-    """Run a generator in a thread, `size` items ahead: cv2 decodes while torch encodes."""
-    pool = ThreadPoolExecutor(1)
-    ahead = [pool.submit(next, generator, None) for _ in range(size)]
-    try:
-        while (item := ahead.pop(0).result()) is not None:
-            ahead.append(pool.submit(next, generator, None))
-            yield item
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
 @torch.inference_mode()
 def embed(frames, model, preprocess, batch_size):
     """Encode frames, uint8 (height, width, 3) each, into unit-length embeddings (batch_size, D)."""
@@ -215,29 +197,26 @@ def extract(folder, videos, model, segment_seconds, frames_per_segment, batch_si
 
 def save(path, folder, **arrays):
     """Write an npz in `folder` and move it to `path`: readers see all of it or nothing."""
-    half = f"{folder}/{os.path.basename(path)}.{socket.gethostname()}.{os.getpid()}.half"
+    half = Path(folder, f"{os.path.basename(path)}.{socket.gethostname()}.{os.getpid()}.half")
     try:
-        os.makedirs(folder, exist_ok=True)
-        with open(half, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(half, path)
-    except OSError as error:
-        if os.path.exists(half):
-            os.remove(half)
-        raise SystemExit(f"{path}: {error.strerror}; the same command goes on from here") from None
+        with explain(path, "to write it; the same command goes on from here"):
+            half.parent.mkdir(parents=True, exist_ok=True)
+            with open(half, "wb") as file:
+                np.savez(file, **arrays)
+            os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
 
 
 def main(args):
     """Extract this process's share of the videos; the last process to finish writes the npz."""
-    if args.frames < 1 or not 0 < args.segment_seconds < float("inf") or os.path.isdir(args.out):
-        raise SystemExit("expected --frames of 1 or more, --segment-seconds above 0, a file as out")
+    is_right = args.frames > 0 and 0 < args.segment_seconds < float("inf")
+    require(is_right and not os.path.isdir(args.out),
+            "expected --frames and --segment-seconds above 0, and a file as out")
     sys.stdout.reconfigure(errors="backslashreplace")  # file names hold anything
     videos = find_videos(args.videos)
-    if not videos:
-        raise SystemExit(f"{args.videos}: no videos there, that is, no {' '.join(VIDEO_ENDINGS)}")
+    require(videos, f"{args.videos}: no videos there, that is, no {' '.join(VIDEO_ENDINGS)}")
     device = pick_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     model, _ = load_encoder(args.model, args.pretrained, device)
     names = args.model, "" if os.path.isdir(args.model) else args.pretrained
     names = [os.path.abspath(name) if os.path.exists(name) else name for name in names]

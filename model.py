@@ -17,10 +17,13 @@ The other four scripts import this file; it imports none of them.
 
 import json
 import math
+import os
+import pickle
 import zipfile
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pickle import UnpicklingError
 from typing import NamedTuple
 
 import numpy as np
@@ -94,20 +97,15 @@ def trivial_predictions(embeddings, lengths, is_masked):
 
     Same arguments as LVMAE.forward, all on the CPU -> {name: (B, N, D)}.
     """
-    N = embeddings.shape[1]
-    index = torch.arange(N)
-    is_visible = (index < lengths[:, None]) & ~is_masked  # (B, N)
-    mean = (embeddings * is_visible[..., None]).sum(1) / is_visible.sum(1)[:, None]  # (B, D)
-    mean = mean[:, None].expand_as(embeddings)  # (B, N, D)
-
-    # Index of the nearest visible segment at or before, and at or after, each place: (B, N). At
-    # the ends of a video, where one of them is missing, the other one stands for both.
-    before = index.where(is_visible, -1).cummax(1).values
-    after = index.where(is_visible, N).flip(1).cummin(1).values.flip(1)
-    before, after = before.where(before >= 0, after), after.where(after < N, before)
-    weight = (index - before) / (after - before).clamp(min=1)  # (B, N)
-    left, right = (embeddings.gather(1, i[..., None].expand_as(mean)) for i in (before, after))
-    line = left + weight[..., None] * (right - left)  # (B, N, D)
+    mean, line = torch.zeros_like(embeddings), torch.zeros_like(embeddings)  # (B, N, D)
+    for b, n in enumerate(lengths.tolist()):
+        index = (~is_masked[b, :n]).nonzero()[:, 0]  # of the visible segments
+        visible = embeddings[b, index]  # (n_visible, D)
+        mean[b, :n] = visible.mean(0)
+        # 2.5: half-way from visible segment 2 to 3; before the first, and after the last, constant.
+        place = np.interp(np.arange(n), index, np.arange(len(index)))
+        left, right = visible[np.floor(place)], visible[np.ceil(place)]  # (n, D)
+        line[b, :n] = left.lerp(right, torch.from_numpy(place % 1).to(left)[:, None])
     return {"visible mean": mean, "interpolation": line, "average of both": (mean + line) / 2}
 
 
@@ -168,7 +166,7 @@ class Attention(nn.Module):
 
     def forward(self, x, groups):  # x (T, D)
         outs = []
-        tokens = self.qkv(x).split([len(place) for place, *_ in groups])
+        tokens = self.qkv(x).split([len(place) for place, *_ in groups])  # of each group, 3D
         for qkv, (place, shape, is_key) in zip(tokens, groups, strict=True):
             qkv = unpack(qkv, place, shape).unflatten(2, (3, self.heads, -1))  # (G, L, 3, H, D/H)
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (G, H, L, D/H) each
@@ -294,55 +292,60 @@ class LVMAE(nn.Module):
 # ---- Files and devices --------------------------------------------------------------------------
 
 
+def require(is_right, message):
+    """Stop with one line, not a traceback, where a file or a flag is not as it must be."""
+    if not is_right:
+        raise SystemExit(message)
+
+
+@contextmanager
+def explain(source, expected, *errors):
+    """Turn what libraries raise for broken files into such a line."""
+    try:
+        yield
+    except (AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+            zipfile.BadZipFile, pickle.UnpicklingError, *errors) as error:
+        raise SystemExit(f"{source}: found {error!r:.200}, expected {expected}") from None
+
+
 def load_data(path):
-    """Read and check an npz of segment embeddings, from extract.py or anybody else -> Data.
+    """Read an npz of segment embeddings, from extract.py or anybody else, and check it -> Data.
 
     Raises SystemExit with one line that names the file, the key, what was found and expected.
     """
-    try:
+    with explain(path, "an npz with embeddings (S, D), lengths (V,) and videos (V,), as from "
+                 "extract.py"):
         with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except FileNotFoundError:
-        raise SystemExit(f"{path}: no such file: make it with extract.py") from None
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise SystemExit(f"{path}: not an npz of plain arrays ({error})") from None
+            arrays = {"meta": np.array("{}"), **file}
+        rows, lengths, videos = (arrays[key] for key in ("embeddings", "lengths", "videos"))
+        (S, D), (V,) = rows.shape, lengths.shape
+    with explain(f"{path}: key 'meta'", "a JSON object"):
+        meta = dict(json.loads(str(arrays["meta"])))
 
-    def check(is_right, key, found, expected):
-        if not is_right:
-            raise SystemExit(f"{path}: key '{key}': found {found}, expected {expected}")
+    def check(key, kind, shape, rule=lambda x: True, words=""):
+        x, kinds = arrays[key], {"float": "f", "int": "iu", "text": "U"}[kind]
+        require(x.dtype.kind in kinds and x.shape == shape and rule(x), f"{path}: key '{key}': "
+                f"found {x.dtype} {x.shape} {x.flat[:4].tolist()}, expected {kind} {shape}{words}")
 
-    for key in ("embeddings", "lengths", "videos"):
-        check(key in arrays, key, f"only {sorted(arrays)}", "this key")
-    rows, n = arrays["embeddings"], arrays["lengths"]
-    is_right = rows.ndim == 2 and rows.dtype.kind == "f"
-    check(is_right, "embeddings", f"{rows.dtype} {rows.shape}", "float (S, D)")
-    check(n.ndim == 1 and n.dtype.kind in "iu", "lengths", f"{n.dtype} {n.shape}", "int (V,)")
-    lengths, S, V = torch.from_numpy(n.astype(np.int64)), len(rows), len(n)
-    check(V and (lengths > 0).all(), "lengths", f"{n[:9]}", "at least one segment each")
-    check(lengths.sum() == S, "lengths", f"sum {lengths.sum()}", f"the {S} rows of 'embeddings'")
-    try:
-        meta = dict(json.loads(str(arrays.get("meta", "{}"))))
-    except (TypeError, ValueError):
-        check(False, "meta", repr(str(arrays["meta"])[:40]), "a JSON object")
-
+    check("embeddings", "float", (S, D))
+    check("lengths", "int", (V,), lambda x: x.sum() == S and min(x, default=0) > 0,
+          f", each > 0, sum {S}")
+    check("videos", "text", (V,), lambda x: len(set(x)) == V, ", no name twice")
+    lengths = torch.from_numpy(lengths.astype(np.int64))
     first = lengths.cumsum(0) - lengths  # (V,)
     place = torch.arange(S) - first.repeat_interleave(lengths)  # (S,) in its own video
     starts = (place * meta.get("segment_seconds", 5.0)).numpy()
     arrays = {"labels": np.full(V, ""), "starts": starts} | arrays
-    for key, kind, shape in (("videos", "U", (V,)), ("labels", "U", (V,)), ("starts", "f", (S,))):
-        x, expected = arrays[key], f"{'float' if kind == 'f' else 'text'} {shape}"
-        check(x.dtype.kind == kind and x.shape == shape, key, f"{x.dtype} {x.shape}", expected)
-    check(len(set(arrays["videos"])) == V, "videos", "a name twice", "each name once")
-    check(np.isfinite(arrays["starts"]).all(), "starts", "not all finite", "seconds")
-    for row in range(0, S, 100_000):  # in pieces: a float32 copy of the whole may not fit
-        norm = np.linalg.norm(rows[row : row + 100_000].astype(np.float32), axis=1)
-        bad = (~(np.abs(norm - 1) < 0.01)).argmax()  # the first, also if it is not a number
-        found = f"length {norm[bad]:.3g} in row {row + bad}"
-        check(abs(norm[bad] - 1) < 0.01, "embeddings", found, "length 1: divide by the norm")
+    check("labels", "text", (V,))
+    check("starts", "float", (S,), lambda x: np.isfinite(x).all(), ", all finite")
     embeddings = torch.from_numpy(rows.astype(np.float16, copy=False))
+    norm = torch.cat([part.float().norm(dim=1) for part in embeddings.split(100_000)])  # (S,)
+    worst = (norm - 1).abs().argmax()  # what is not a number counts as most
+    require((norm[worst] - 1).abs() < 0.01, f"{path}: key 'embeddings': found length "
+            f"{norm[worst]:.3g} in row {worst}, expected 1: divide by the norm")
     starts = torch.from_numpy(arrays["starts"].astype(np.float32))
-    videos, labels = arrays["videos"].tolist(), arrays["labels"].tolist()
-    return Data(path, embeddings, lengths, first, starts, videos, labels, meta)
+    labels = arrays["labels"].tolist()
+    return Data(path, embeddings, lengths, first, starts, videos.tolist(), labels, meta)
 
 
 def load_checkpoint(path, data, device):
@@ -350,23 +353,33 @@ def load_checkpoint(path, data, device):
 
     Raises SystemExit with one line if there is no checkpoint or it was trained on another size.
     """
-    try:
+    with explain(path, "a checkpoint: make it with train.py"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = LVMAE(LVMAEConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
-    except FileNotFoundError:
-        raise SystemExit(f"{path}: no such file: make it with train.py") from None
-    except (OSError, EOFError, RuntimeError, LookupError, TypeError, UnpicklingError) as error:
-        raise SystemExit(f"{path}: not a checkpoint of train.py ({error!r:.99})") from None
     found, expected = data.embeddings.shape[1], model.config.dim
-    if found != expected:
-        raise SystemExit(f"{path}: for embeddings of size {expected}, {data.path} has {found}")
+    require(found == expected, f"{data.path}: embeddings of size {found}, {path} has {expected}")
     return model.to(device).eval()
 
 
 def pick_device(name):
-    """'auto' is the first of cuda, mps and cpu that is there."""
+    """'auto' is the first of cuda, mps and cpu; each process of torchrun has a GPU of its own."""
     if name == "auto":
         has_mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if name == "cuda":
+        require(torch.cuda.is_available(), "--device cuda: torch finds no GPU, take --device cpu")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device(name)
+
+
+def prefetch(generator, size):
+    """Run a generator in a thread, `size` items ahead of who uses them."""
+    pool = ThreadPoolExecutor(1)
+    ahead = [pool.submit(next, generator, None) for _ in range(size)]
+    try:
+        while (item := ahead.pop(0).result()) is not None:
+            ahead.append(pool.submit(next, generator, None))
+            yield item
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

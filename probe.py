@@ -30,7 +30,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from model import LVMAE, LVMAEConfig, find_tokens, load_checkpoint, load_data, pad, pick_device
+import model as lvmae
+from model import find_tokens, require
+
+SPLITS = ("train", "val", "test")
 
 
 def get_args(argv=None):
@@ -71,8 +74,8 @@ def read_csv(path, split=""):
         if "like_count" in row:
             likes, dislikes = float(row["like_count"]), float(row["dislike_count"])
             label = 10 * likes / (likes + dislikes)
-        if not video or label is None or row.get("split", "train") not in ("train", "val", "test"):
-            raise SystemExit(f"{path}: found {row}, expected video, label[, train|val|test]")
+        is_right = video and label is not None and row.get("split", "val") in SPLITS
+        require(is_right, f"{path}: found {row}, expected video, label[, train|val|test]")
         rows.append((video, label, row.get("split", split)))
     return rows
 
@@ -86,7 +89,7 @@ def read_labels(source, data):
         names = [(v, re.search(r"P(\d\d)_([a-z]+)(_ch0)?\.\w+$", v)) for v in data.videos]
         return [(v, m[2], "test" if int(m[1]) >= 47 else "train") for v, m in names if m]
     if path.is_dir():  # LVU and Breakfast: train.csv, test.csv and perhaps val.csv
-        files = [path / f"{split}.csv" for split in ("train", "val", "test")]
+        files = [path / f"{split}.csv" for split in SPLITS]
         return [row for file in files if file.exists() for row in read_csv(file, file.stem)]
     if path.suffix == ".json":  # COIN
         videos = json.loads(path.read_text("utf-8"))["database"].items()
@@ -107,9 +110,10 @@ def match(rows, videos, source):
         hits = [index for index in hits if videos[index] == video] or hits
         if not hits:
             absent.append(video)
-        elif len(hits) > 1 or found.setdefault(hits[0], (label, split)) != (label, split):
-            names = " and ".join(videos[index] for index in hits)
-            raise SystemExit(f"{source}: {video} means {names}: expected one video, labelled once")
+            continue
+        is_one = len(hits) == 1 and found.setdefault(hits[0], (label, split)) == (label, split)
+        require(is_one, f"{source}: {video} means {' and '.join(videos[i] for i in hits)}: "
+                "expected one video, labelled once")
     bare = [video for index, video in enumerate(videos) if index not in found]
     for what, names in {"videos have no label": bare, "labels have no video": absent}.items():
         if names:
@@ -123,27 +127,26 @@ def make_split(found, named, seed, is_class, source):
     `named`: the splits that they have. Returns {"train": indices of videos, "val": .., "test": ..}.
     """
     generator = torch.Generator().manual_seed(seed)
-    split, groups = {"train": [], "val": [], "test": []}, {}
+    split, classes = {part: [] for part in SPLITS}, {}
     for index, (label, part) in found.items():
-        group = groups.setdefault(label if is_class else "", {})
-        group.setdefault(part or "train", []).append(index)
-    for label, group in groups.items():
-        n = {part: len(group.get(part, [])) for part in split}
-        if is_class and (n["train"] == 0 or sum(n.values()) < 2):
-            raise SystemExit(f"{source}: found {n} videos of class {label!r}, expected two or more "
-                             "and one of them in train: complete it or drop it")
-        order = torch.randperm(n["train"], generator=generator).tolist()
+        group = classes.setdefault(label if is_class else "", {part: [] for part in SPLITS})
+        group[part or "train"].append(index)
+    for label, group in classes.items():
+        n = {part: len(indices) for part, indices in group.items()}
+        is_right = not is_class or (n["train"] and sum(n.values()) > 1)
+        require(is_right, f"{source}: found {n} videos of class {label!r}, expected two or more "
+                "and one of them in train: complete it or drop it")
+        order = torch.randperm(n["train"], generator=generator)
         group["train"] = [group["train"][i] for i in order]
-        for part in ("val", "test"):
+        for part in SPLITS[1:]:
             if part not in named:
                 group[part] = [group["train"].pop() for _ in range(round(0.2 * n["train"]))]
-        for part in split:
-            split[part] += group.get(part, [])
+        for part in SPLITS:
+            split[part] += group[part]
     n = {part: len(indices) for part, indices in split.items()}
-    if 0 in n.values() or n["train"] < 2 or (is_class and len(groups) < 2):
-        raise SystemExit(f"{source}: found {len(groups)} classes and {n} videos, expected two or "
-                         "more classes and videos in each split: give each class a folder below "
-                         "the one for extract.py, or give --labels FILE.csv")
+    is_right = min(n.values()) > 0 and n["train"] > 1 and len(classes) >= 1 + is_class
+    require(is_right, f"{source}: found {len(classes)} classes and {n} videos, expected two "
+            "or more and none of 0: give each class a folder, or give --labels FILE.csv")
     return split
 
 
@@ -156,7 +159,7 @@ def compute_features(data, model, device):
     batches = data.lengths.argsort(stable=True).split(32)  # of similar length: little padding
     for videos in tqdm(batches, "features", leave=False, disable=None):
         lengths = data.lengths[videos]
-        x = pad(data.embeddings, data.first[videos], lengths)  # (B, N, D)
+        x = lvmae.pad(data.embeddings, data.first[videos], lengths)  # (B, N, D)
         x = model.encode(x.to(device), lengths).cpu() if model else F.pad(x, (0, 0, 1, 0))
         rows = features.first[videos, None] + torch.arange(x.shape[1])  # (B, N+1)
         is_token = find_tokens(x.shape[1] - 1, lengths)  # (B, N+1)
@@ -206,7 +209,7 @@ class Transformer(Linear):
     def __init__(self, dim, outputs):
         super().__init__(dim, outputs)
         heads = math.gcd(dim, 8)  # 8, or the largest power of 2 that divides dim
-        self.encoder = LVMAE(LVMAEConfig(dim, 2, heads, decoder_dim=2, decoder_depth=0,
+        self.encoder = lvmae.LVMAE(lvmae.LVMAEConfig(dim, 2, heads, decoder_dim=2, decoder_depth=0,
                                          decoder_heads=1))
 
     def summary(self, x, lengths):
@@ -280,8 +283,8 @@ def fit(row, features, targets, split, seed, args, device):
 
     def predict(head, videos):
         lengths = features.lengths[videos]  # (B,), with [CLS]
-        x = pad(features.embeddings, features.first[videos], lengths).to(device)  # (B, N+1, D)
-        y = head(x, lengths - 1).cpu()  # (B, outputs)
+        x = lvmae.pad(features.embeddings, features.first[videos], lengths)  # (B, N+1, D)
+        y = head(x.to(device), lengths - 1).cpu()  # (B, outputs)
         return y if is_class else center + scale * y[:, 0]
 
     @torch.no_grad()
@@ -316,15 +319,12 @@ def fit(row, features, targets, split, seed, args, device):
 
 def main(args):
     """Read the labels, compute the features, fill the table row by row."""
-    if args.runs < 1 or args.batch_size < 2:
-        raise SystemExit("--runs, --batch-size: expected at least 1 and 2")
-    data, device = load_data(args.data), pick_device(args.device)
-    try:
+    require(args.runs > 0 and args.batch_size > 1, "expected --runs above 0, --batch-size above 1")
+    data, device = lvmae.load_data(args.data), lvmae.pick_device(args.device)
+    with lvmae.explain(args.labels, "labels (see --help)", ZeroDivisionError):
         rows = read_labels(args.labels, data)
         if args.regression:
             rows = [(video, float(label), split) for video, label, split in rows]
-    except (KeyError, OSError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise SystemExit(f"{args.labels}: {error!r}, expected labels (see --help)") from None
     found, named = match(rows, data.videos, args.labels), {split for _, _, split in rows}
     is_class = not any(isinstance(label, float) for label, _ in found.values())
     seeds = range(args.seed, args.seed + args.runs)
@@ -338,7 +338,7 @@ def main(args):
     wanted = [row for row in wanted if ROWS[row][0] in ("raw", args.features)]
     features = {"raw": compute_features(data, None, device)}
     if any(ROWS[row][0] == "lvmae" for row in wanted):
-        model = load_checkpoint(args.ckpt, data, device)
+        model = lvmae.load_checkpoint(args.ckpt, data, device)
         features["lvmae"] = compute_features(data, model, device)
 
     n = {part: len(indices) for part, indices in splits[0].items()}

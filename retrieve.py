@@ -25,7 +25,6 @@ import sys
 import textwrap
 from itertools import zip_longest
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import open_clip
@@ -36,6 +35,7 @@ from tqdm import tqdm
 
 import model as lvmae
 from extract import decode, load_encoder, save
+from model import explain, require
 
 TITLES = "time", "", "true caption", "true embedding", "reconstruction"
 COLOURS = "black", "#1a5fb4", "#c01c28"  # of the last three
@@ -67,28 +67,25 @@ def get_args(argv=None):
 
 def read_captions(path, data):
     """Read C captions, their embeddings (C, D) or None, and each segment's true caption or -1."""
-    texts, keys, embeddings = [], [], None
-    try:
+    keys, embeddings = [], None
+    with explain(path, "lines (.txt), video,start,caption (.csv) or captions, embeddings (.npz)"):
         if path.endswith(".npz"):
             with np.load(path, allow_pickle=False) as file:
                 texts, embeddings = file["captions"].tolist(), torch.from_numpy(file["embeddings"])
-        elif path.endswith(".csv"):
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                for row in csv.DictReader(file):
-                    texts.append(row["caption"] or "")
-                    keys.append((row["video"], round(10 * float(row["start"]))))
         else:
-            texts = Path(path).read_text("utf-8-sig").split("\n")
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                texts = list(file)
+        if path.endswith(".csv"):
+            rows = list(csv.DictReader(texts))
+            texts = [row["caption"] or "" for row in rows]
+            keys = [(row["video"], round(10 * float(row["start"]))) for row in rows]
         texts = [" ".join(text.split()) for text in texts]
-    except (AttributeError, OSError, LookupError, TypeError, ValueError, BadZipFile) as error:
-        raise SystemExit(f"{path}: {type(error).__name__}: {error}; expected .txt (one a line), "
-                         ".csv (video,start,caption) or .npz (captions, embeddings)") from None
     place = {text: i for i, text in enumerate(texts) if text}  # each caption once
     number = {text: c for c, text in enumerate(place)}
     if embeddings is not None:
         found, expected = tuple(embeddings.shape), (len(texts), data.embeddings.shape[1])
-        if found != expected or not embeddings.isfinite().all():
-            raise SystemExit(f"{path}: embeddings: found {found}, expected {expected}, all finite")
+        require(found == expected and embeddings.isfinite().all(),
+                f"{path}: embeddings: found {found}, expected {expected}, all finite")
         embeddings = F.normalize(embeddings[list(place.values())].float(), dim=1)
     tenths = (data.starts * 10).round().tolist()  # starts agree if they do to a tenth of a second
     names = np.repeat(np.array(data.videos, object), data.lengths)
@@ -97,9 +94,9 @@ def read_captions(path, data):
     for key, text in zip(keys, texts, strict=False):
         if key in segment and text:
             truth[segment[key]] = number[text]
-    if not number or keys and (truth < 0).all():
-        raise SystemExit(f"{path}: found no caption{' of a segment' if keys else ''}, expected some"
-                         f" (videos as {names[0]}, starts as {tenths[0] / 10} in {data.path})")
+    require(number and (not keys or (truth >= 0).any()),
+            f"{path}: found no caption{' of a segment' if keys else ''}, expected some (videos as "
+            f"{names[0]}, starts as {tenths[0] / 10} in {data.path})")
     return list(number), embeddings, truth
 
 
@@ -114,15 +111,15 @@ def embed_captions(path, captions, data, device):
         return torch.from_numpy(np.load(cache)["embeddings"])
     embeddings, size = [], data.embeddings.shape[1]
     try:
-        if not (name in open_clip.list_models() or os.path.isdir(name) or ":" in name):
-            raise SystemExit(f"found model {name!r}, expected a name or folder of open_clip")
+        is_known = name in open_clip.list_models() or os.path.isdir(name) or ":" in name
+        require(is_known, f"found model {name!r}, expected a name or folder of open_clip")
         clip, tokenizer_name = load_encoder(name, weights, device)
         tokenize = open_clip.get_tokenizer(tokenizer_name)
         for i in tqdm(range(0, len(captions), 256), "captions", disable=len(captions) < 10_000):
             text = clip.encode_text(tokenize(captions[i : i + 256]).to(device)).float()  # (256, D)
             embeddings.append(F.normalize(text, dim=1).half().cpu())
-        if text.shape[1] != size:
-            raise SystemExit(f"found embeddings of size {text.shape[1]}, expected {size}")
+        found = text.shape[1]
+        require(found == size, f"found embeddings of size {found}, expected {size}")
     except (SystemExit, ImportError) as error:
         raise SystemExit(f"{data.path}: its text tower: {error}; or give --captions"
                          " FILE.npz (captions, embeddings)") from None
@@ -224,16 +221,17 @@ def draw_figure(name, segments, frames):
 def main(args):
     """Print what the masked segments of a video are read as, and how well it goes over all."""
     sys.stdout.reconfigure(errors="replace")  # captions may hold what the terminal cannot show
-    if not 0 < args.mask_ratio < 1 or args.top_k < 1:
-        raise SystemExit("--mask-ratio, --top-k: expected between 0 and 1, at least 1")
+    require(0 < args.mask_ratio < 1 and args.top_k > 0,
+            "--mask-ratio, --top-k: expected between 0 and 1, at least 1")
     device, data = lvmae.pick_device(args.device), lvmae.load_data(args.data)
     shown = args.video or [data.videos[data.lengths.argmax()]]
     for name in shown:
         if name not in data.videos:
             near = ", ".join(difflib.get_close_matches(name, data.videos, 3, cutoff=0))
             raise SystemExit(f"--video {name}: not in {args.data}, the nearest are {near}")
-        if args.figure and not os.path.isfile(path := os.path.join(args.videos, name)):
-            raise SystemExit(f"{path}: no such file: give --videos, the folder of {args.data}")
+        path = os.path.join(args.videos, name)
+        require(not args.figure or os.path.isfile(path),
+                f"{path}: no such file: give --videos, the folder of {args.data}")
     captions, embeddings, truth = read_captions(args.captions, data)
     if embeddings is None:
         embeddings = embed_captions(args.captions, captions, data, device)
@@ -270,8 +268,7 @@ def main(args):
     if (truth < 0).all():
         rows, what = is_masked.nonzero()[:, 0], "caption that the true embedding retrieves"
         truth[rows] = search(rebuilt["true"][rows], embeddings, truth[rows], 1, device)[1][:, 0]
-    if not len(rows):
-        raise SystemExit(f"{args.data}: found no masked segment to score, expected longer videos")
+    require(len(rows), f"{args.data}: found no masked segment to score, expected longer videos")
     print(f"\nrank of the {what} among {len(captions):,} captions, {len(rows):,} masked segments "
           f"({args.mask}, {args.mask_ratio:.0%})\n")
     print(f"{'':16}     R@1     R@5    R@10   median rank")

@@ -17,7 +17,7 @@ import os
 import sys
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+import zlib
 from dataclasses import asdict
 
 import torch
@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import model as lvmae
+from model import require
 
 PRESETS = {
     # Table 5 and section 7; 16 videos per process, on 8 GPUs.
@@ -85,9 +86,6 @@ def get_args(argv=None):
     return args
 
 
-# ---- Data ---------------------------------------------------------------------------------------
-
-
 def seeded(seed, epoch=0):
     """A generator that depends on these two alone, so that any epoch can be drawn again.
 
@@ -103,14 +101,12 @@ def read_videos(files, val_share, seed):
     """
     parts, train, val, offset = [lvmae.load_data(path) for path in files], [], [], 0
     for part in parts:
-        D, expected = part.embeddings.shape[1], parts[0].embeddings.shape[1]
-        if D != expected:
-            raise SystemExit(f"{part.path}: embeddings of size {D}, but {files[0]} has {expected}")
+        D, first_D = part.embeddings.shape[1], parts[0].embeddings.shape[1]
+        require(D == first_D, f"{part.path}: embeddings of size {D}, but {files[0]} has {first_D}")
         usable = (part.lengths > 1).nonzero()[:, 0]  # one segment alone: nothing to predict it from
-        n_val = max(1, round(val_share * len(usable)))
-        if n_val >= len(usable):
-            raise SystemExit(f"{part.path}: {len(usable)} videos of 2 or more segments: too few")
-        order = usable[torch.randperm(len(usable), generator=seeded(seed))] + offset
+        n, n_val = len(usable), max(1, round(val_share * len(usable)))
+        require(n_val < n, f"{part.path}: {n} videos of 2 or more segments: too few")
+        order = usable[torch.randperm(n, generator=seeded(seed))] + offset
         val, train = [*val, order[:n_val]], [*train, order[n_val:]]
         offset += len(part.videos)
     embeddings = torch.cat([part.embeddings for part in parts]) if parts[1:] else part.embeddings
@@ -120,37 +116,16 @@ def read_videos(files, val_share, seed):
     return data, torch.cat(train), torch.cat(val)
 
 
-def validation_batches(data, videos, mask, args):
-    """Whole videos with one mask each, the same in every epoch: lengths, first rows, is_masked."""
-    videos = videos[data.lengths[videos].argsort(stable=True)]  # similar lengths together
-    batches = []
-    for batch in videos.split(args.batch_size):
-        lengths, first = data.lengths[batch].clamp(max=args.max_segments), data.first[batch]
-        x = lvmae.pad(data.embeddings, first, lengths)  # (B, N, D)
-        batches.append((lengths, first, mask(x, lengths, args.mask_ratio, seeded(args.seed))))
-    return batches
-
-
-def training_batches(data, videos, mask, args, epoch, steps, share):
+def training_batches(data, videos, args, epoch, steps, share):
     """Yield the batches of an epoch: (embeddings (B, N, D), lengths (B,), is_masked (B, N))."""
     generator = seeded(args.seed, epoch)
-    order = videos[torch.randperm(len(videos), generator=generator)].tensor_split(steps)
-
-    def assemble(step):
-        lengths, first = data.lengths[order[step]], data.first[order[step]]
+    order = videos[torch.randperm(len(videos), generator=generator)]
+    for batch in order.tensor_split(steps):
+        lengths, first = data.lengths[batch], data.first[batch]
         lengths, first = crop(lengths, first, args.max_segments, generator)
         x = lvmae.pad(data.embeddings, first, lengths)  # (B, N, D)
-        is_masked = mask(x, lengths, args.mask_ratio, generator)  # (B, N)
-        x = x[share].pin_memory() if torch.cuda.is_available() else x[share]
-        return x, lengths[share], is_masked[share]
-
-    with ThreadPoolExecutor(1) as pool:  # assembles a batch while the one before is used
-        coming = pool.submit(assemble, 0)
-        for step in range(1, steps + 1):
-            ready = coming.result()
-            if step < steps:
-                coming = pool.submit(assemble, step)
-            yield ready
+        is_masked = lvmae.MASKS[args.mask](x, lengths, args.mask_ratio, generator)  # (B, N)
+        yield x[share], lengths[share], is_masked[share]
 
 
 def crop(lengths, first, max_segments, generator):
@@ -161,9 +136,6 @@ def crop(lengths, first, max_segments, generator):
     u, v = torch.rand(2, len(lengths), generator=generator, dtype=torch.double)
     size = 2 + (u * (lengths.clamp(max=max_segments) - 1)).long()  # (B,)
     return size, first + (v * (lengths - size + 1)).long()
-
-
-# ---- Learning -----------------------------------------------------------------------------------
 
 
 def make_optimizer(model, args):
@@ -212,64 +184,53 @@ def train_epoch(net, optimizer, batches, epoch, steps, args, world, device):
 
 
 @torch.no_grad()
-def evaluate(predict, data, batches, device):
-    """Mean loss of Eq. (3) and mean cosine over the masked segments of the validation videos."""
+def evaluate(predict, data, batches, args, device):
+    """Mean loss of Eq. (3) and mean cosine over the masked segments of the validation videos.
+
+    They are whole, up to --max-segments, and masked alike in every epoch.
+    """
     sums = torch.zeros(3)  # squared distance, cosine, number of masked segments
-    for lengths, first, is_masked in batches:
-        x = lvmae.pad(data.embeddings, first, lengths)  # (B, N, D)
-        predictions = predict(x.to(device), lengths, is_masked).cpu()  # (B, N, D)
-        distance = (predictions - x).square().sum(2)  # (B, N)
-        cosine = F.cosine_similarity(predictions, x, dim=2)  # (B, N)
-        sums += torch.stack([distance[is_masked].sum(), cosine[is_masked].sum(), is_masked.sum()])
+    for videos in batches:
+        lengths = data.lengths[videos].clamp(max=args.max_segments)
+        x = lvmae.pad(data.embeddings, data.first[videos], lengths)  # (B, N, D)
+        is_masked = lvmae.MASKS[args.mask](x, lengths, args.mask_ratio, seeded(args.seed))
+        predictions = predict(x.to(device), lengths, is_masked).cpu()[is_masked]  # (masked, D)
+        distance = (predictions - x[is_masked]).square().sum(1)  # (masked,)
+        cosine = F.cosine_similarity(predictions, x[is_masked])  # (masked,)
+        sums += torch.stack([distance.sum(), cosine.sum(), is_masked.sum()])
     distance, cosine, masked = total(sums.to(device)).tolist()
     return distance / masked, cosine / masked
-
-
-# ---- Checkpoint (one file of tensors and plain values) ------------------------------------------
-
-
-def digests(files):
-    """[[file name, checksums of its arrays as they stand in the npz], ..]."""
-    sums = []
-    for path in files:
-        with zipfile.ZipFile(path) as file:
-            crcs = " ".join(f"{array.CRC:08x}" for array in file.infolist())
-            sums.append([os.path.basename(path), crcs])
-    return sums
 
 
 def settings(args, world):
     """What a run that goes on must have in common with its beginning."""
     free = ("data", "out", "resume", "device", "batch_size")
     kept = {f"--{name.replace('_', '-')}": x for name, x in vars(args).items() if name not in free}
-    return kept | {"--batch-size x processes": args.batch_size * world}
+    kept |= {"--batch-size x processes": args.batch_size * world, "--data": []}
+    for path in args.data:
+        with zipfile.ZipFile(path) as file:  # it holds a checksum of each array
+            checksum = zlib.crc32(str([array.CRC for array in file.infolist()]).encode())
+            kept["--data"].append(f"{os.path.basename(path)} ({checksum:08x})")
+    return kept
 
 
-def resume(args, world, data, device):
-    """Load --out -> the model, the state of the optimizer, and the number of epochs behind it."""
+def resume(args, flags, data, device):
+    """Load --out, if its run had the same flags -> model, state of the optimizer, log."""
     model = lvmae.load_checkpoint(args.out, data, device).train()
-    checkpoint = torch.load(args.out, map_location="cpu", weights_only=True)
-    for flag, found in settings(args, world).items():
-        expected = checkpoint["args"].get(flag)
-        if found != expected:
-            raise SystemExit(f"{args.out}: made with {flag} {expected}, found {found}")
-    if checkpoint["data"] != digests(args.data):
-        raise SystemExit(f"{args.out}: made from other files or contents than --data: train anew")
-    return model, checkpoint["optimizer"], checkpoint["epoch"]
-
-
-# ---- The stage ----------------------------------------------------------------------------------
+    with lvmae.explain(args.out, "a checkpoint: make it with train.py"):
+        checkpoint = torch.load(args.out, map_location="cpu", weights_only=True)
+        for flag, found in flags.items():
+            expected = checkpoint["args"].get(flag)
+            require(found == expected, f"{args.out}: made with {flag} {expected}, found {found}")
+        return model, checkpoint["optimizer"], checkpoint["log"]
 
 
 def main(args):
     """Train; write a line of the log and a checkpoint after each epoch."""
-    device, rank, world = lvmae.pick_device(args.device), 0, 1
-    if "RANK" in os.environ:  # torchrun started this process
-        if device.type == "cuda":
-            torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
+    device, say = lvmae.pick_device(args.device), print if rank == 0 else lambda line: None
+    if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        rank, world = dist.get_rank(), dist.get_world_size()
-    say = print if rank == 0 else lambda *words, **options: None
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
 
     # Fewer files than processes: all read all of them, and each takes its share of every batch.
@@ -278,28 +239,28 @@ def main(args):
     files = args.data if is_shared else args.data[rank::world]
     share = slice(rank, None, world) if is_shared else slice(None)
     data, train, val = read_videos(files, args.val_share, args.seed)
-    # Of all processes if they share the files, else of this one alone.
     counts = torch.tensor([len(train), len(val)], device=device)
-    videos, held_out = (counts if is_shared else total(counts)).tolist()
+    videos, held_out = (counts if is_shared else total(counts)).tolist()  # of all processes
     steps = max(1, round(videos / (args.batch_size * world)))  # in an epoch
-    if len(train[share]) < steps:
-        raise SystemExit(f"{', '.join(files)}: too few videos for {world} processes")
-    mask = lvmae.MASKS[args.mask]
-    val_batches = validation_batches(data, val, mask, args)[share]
+    too_few = f"{', '.join(files)}: too few videos for {world} processes"
+    require(len(train[share]) >= steps, too_few)
+    val = val[data.lengths[val].argsort(stable=True)]  # similar lengths together: little padding
+    val_batches = val.split(args.batch_size)[share]
 
     config = lvmae.LVMAEConfig(
         data.embeddings.shape[1], args.depth, args.heads, args.decoder_dim, args.decoder_depth,
         args.decoder_heads, args.max_segments, args.input_scale)
-    if config.dim % config.heads:
-        raise SystemExit(f"--heads {config.heads}: must divide {config.dim}, the embedding size")
+    require(config.dim % config.heads == 0, f"--heads {config.heads}: must divide {config.dim}, "
+            "the embedding size")
     torch.manual_seed(args.seed)
-    model, moments, done = lvmae.LVMAE(config).to(device), None, 0
+    model, moments, log = lvmae.LVMAE(config).to(device), None, []
+    flags = settings(args, world)
     if args.resume and os.path.exists(args.out):
-        model, moments, done = resume(args, world, data, device)
-    if total(torch.tensor([done], device=device)).item() != done * world:
-        raise SystemExit(f"{args.out}: found different files, expected one that all machines share")
-    if done >= args.epochs:
-        raise SystemExit(f"{args.out}: has all {args.epochs} epochs behind it")
+        model, moments, log = resume(args, flags, data, device)
+    done = len(log)
+    is_same = total(torch.tensor([done], device=device)).item() == done * world
+    require(is_same, f"{args.out}: found different files, expected one that all machines share")
+    require(done < args.epochs, f"{args.out}: has all {args.epochs} epochs behind it")
     optimizer = make_optimizer(model, args)
     if done:
         optimizer.load_state_dict(moments)
@@ -310,39 +271,34 @@ def main(args):
     say(f"{size:.1f} M parameters on {device}, {steps} steps an epoch")
     best = 0
     for name in ("visible mean", "interpolation", "average of both"):
-        loss, cosine = evaluate(
-            lambda x, *b: lvmae.trivial_predictions(x.cpu(), *b)[name],  # noqa: B023
-            data, val_batches, device)
+        guess = lambda x, *b, name=name: lvmae.trivial_predictions(x.cpu(), *b)[name]  # noqa: E731
+        loss, cosine = evaluate(guess, data, val_batches, args, device)
         say(f"trivial predictor: {name:<15}  val loss {loss:.4f}  cosine {cosine:.4f}")
         best = max(best, cosine)
 
-    log = os.path.splitext(args.out)[0] + ".jsonl"
-    os.makedirs(os.path.dirname(log) or ".", exist_ok=True)
-    if rank == 0 and done and os.path.exists(log):
-        lines = open(log).readlines()[:done]  # an epoch that came to the log, not to --out, goes
-        with open(log, "w") as file:
-            file.writelines(lines)
-    origin, begin = digests(args.data), time.time()
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    begin = time.time()
     for epoch in range(done + 1, args.epochs + 1):
         epoch_begin = time.time()
-        batches = training_batches(data, train, mask, args, epoch, steps, share)
+        batches = lvmae.prefetch(training_batches(data, train, args, epoch, steps, share), 1)
         bar = tqdm(batches, f"epoch {epoch}", steps, leave=False, disable=True if rank else None)
         loss, segments = train_epoch(net, optimizer, bar, epoch - 1, steps, args, world, device)
-        if not math.isfinite(loss):
-            raise SystemExit(f"epoch {epoch}: the loss is {loss}: lower --base-lr")
+        require(math.isfinite(loss), f"epoch {epoch}: the loss is {loss}: lower --base-lr")
         speed = segments / (time.time() - epoch_begin)
-        val_loss, cosine = evaluate(lambda *b: model(*b)[1], data, val_batches, device)
+        val_loss, cosine = evaluate(lambda *b: model(*b)[1], data, val_batches, args, device)
         lr = optimizer.param_groups[0]["lr"]
         eta = (time.time() - begin) / (epoch - done) * (args.epochs - epoch) / 60
         say(f"epoch {epoch:3}/{args.epochs}  loss {loss:.4f}  val loss {val_loss:.4f}  "
             f"cosine {cosine:.4f}  lr {lr:.1e}  {speed:,.0f} segments/s  ETA {eta:.1f} min")
+        log.append(dict(epoch=epoch, loss=loss, val_loss=val_loss, cosine=cosine, lr=lr))
         if rank == 0:
-            record = dict(epoch=epoch, loss=loss, val_loss=val_loss, cosine=cosine, lr=lr)
-            with open(log, "a" if epoch > 1 else "w") as file:
-                print(json.dumps(record), file=file)
-            checkpoint = dict(model=model.state_dict(), config=asdict(config),
-                              optimizer=optimizer.state_dict(), epoch=epoch,
-                              args=settings(args, world), data=origin, encoder=data.meta)
+            # All of the log at first: a run that was killed may have left one line too many.
+            mode, lines = ("w", log) if epoch == done + 1 else ("a", log[-1:])
+            with open(os.path.splitext(args.out)[0] + ".jsonl", mode) as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+            checkpoint = dict(model=model.state_dict(), config=asdict(config), epoch=epoch, log=log,
+                              optimizer=optimizer.state_dict(), args=flags, data=flags["--data"],
+                              encoder=data.meta)
             torch.save(checkpoint, args.out + ".tmp")  # then moved: --out is always whole
             os.replace(args.out + ".tmp", args.out)
     say(f"{args.out}: {args.epochs} epochs, validation cosine {cosine:.4f}, trivial {best:.4f}")

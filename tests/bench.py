@@ -275,9 +275,8 @@ def bench_train(args):
     first = lengths.cumsum(0) - lengths
     data = model.Data("", rows, lengths, first, None, [""] * 160, [], {})
     options = train.get_args([])
-    batches = train.training_batches(
-        data, torch.arange(160), model.random_mask, options, 1, 10, slice(None)
-    )
+    batches = train.training_batches(data, torch.arange(160), options, 1, 10, slice(None))
+    batches = model.prefetch(batches, 1)
     net = model.LVMAE(config).to(device)
     waited, begin = 0.0, time.perf_counter()
     for _ in range(10):

@@ -342,7 +342,7 @@ def test_full_disk(tmp_path, clip, four, monkeypatch):
     for n in (2, 2):  # the second time it is the npz itself that does not fit
         writes = [savez] * n + [fill_disk]
         monkeypatch.setattr(np, "savez", lambda *a, to=writes, **k: to.pop(0)(*a, **k))
-        with pytest.raises(SystemExit, match="No space left on device; the same command goes on"):
+        with pytest.raises(SystemExit, match="No space left on device.*the same command goes on"):
             extract.main(args)
         assert len(list(tmp_path.glob("*/*.npz"))) >= n and not list(tmp_path.glob("*/*.half"))
     monkeypatch.setattr(np, "savez", savez)
@@ -422,7 +422,7 @@ def test_no_weights(tmp_path, clip, monkeypatch, capfd, caplog):
         with pytest.raises(SystemExit) as stop:
             extract.load_encoder(str(model), str(weights), torch.device("cpu"))
         message = str(stop.value)
-        assert message.startswith(f"--model {model} --pretrained {weights}: no weights")
+        assert message.startswith(f"--model {model} --pretrained {weights}: found ")
         assert "--model FOLDER" in message and "--pretrained FILE" in message
         assert "\n" not in message and len(message) < 500
     assert waited == [1, 1, 1]
@@ -440,7 +440,7 @@ def test_encoder_that_gives_nan(tmp_path, clip, four, monkeypatch, capsys):
 def test_flags(tmp_path, capsys):
     """Impossible values end in a traceback; the help forgets a default."""
     for flags in (["--frames", "0"], ["--segment-seconds", "0"], ["--segment-seconds", "nan"]):
-        with pytest.raises(SystemExit, match="expected --frames of 1 or more"):
+        with pytest.raises(SystemExit, match="expected --frames and"):
             extract.main(extract.get_args([str(tmp_path), "out.npz", *flags]))
     with pytest.raises(SystemExit):
         extract.get_args(["--help"])

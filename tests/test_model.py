@@ -248,20 +248,20 @@ NAN_ROW = np.where(np.arange(7)[:, None] == 4, np.nan, np.eye(7, D))
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(embeddings=None), "'embeddings'.*this key"),
-        (dict(lengths=None), "'lengths'.*this key"),
-        (dict(videos=None), "'videos'.*this key"),
-        (dict(embeddings=np.eye(7, D)[0]), "'embeddings'.*float.*S, D"),
+        (dict(embeddings=None), "KeyError..embeddings"),
+        (dict(lengths=None), "KeyError..lengths"),
+        (dict(videos=None), "KeyError..videos"),
+        (dict(embeddings=np.eye(7, D)[0]), "expected an npz with embeddings .S, D"),
         (dict(embeddings=np.eye(7, D).astype(int)), "'embeddings'.*int64"),
         (dict(embeddings=ZERO_ROW), "'embeddings'.*length 0 in row 6"),
         (dict(embeddings=NAN_ROW), "'embeddings'.*length nan in row 4"),
         (dict(embeddings=2 * np.eye(7, D)), "'embeddings'.*length 2 in row 0"),
-        (dict(lengths=np.array([3, 5])), "'lengths'.*sum 8.*7 rows"),
-        (dict(lengths=np.array([0, 7])), "'lengths'.*0.*at least one segment"),
+        (dict(lengths=np.array([3, 5])), "'lengths'.*3, 5.*sum 7"),
+        (dict(lengths=np.array([0, 7])), "'lengths'.*0, 7.*each > 0"),
         (dict(lengths=np.array([3.0, 4.0])), "'lengths'.*float64"),
         (dict(videos=np.array(["a"])), r"'videos'.*\(1,\)"),
         (dict(videos=np.array(["a", "a"])), "'videos'.*twice"),
-        (dict(videos=np.array(["a", "b"], dtype=object)), "not an npz of plain arrays"),
+        (dict(videos=np.array(["a", "b"], dtype=object)), "Object arrays.*expected an npz"),
         (dict(starts=np.zeros(3)), r"'starts'.*\(3,\)"),
         (dict(labels=np.array(["a"])), r"'labels'.*\(1,\)"),
         (dict(starts=np.full(7, np.nan)), "'starts'.*finite"),
@@ -286,7 +286,7 @@ def test_files_that_are_no_npz(tmp_path):
     whole = (tmp_path / "whole.npz").read_bytes() if write_npz(tmp_path / "whole.npz") else b""
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     for name in ("missing", "text", "empty", "array", "cut"):
-        with pytest.raises(SystemExit, match=f"{name}.npz: (no such file|not an npz)"):
+        with pytest.raises(SystemExit, match=f"{name}.npz: found .*expected an npz"):
             load_data(str(tmp_path / f"{name}.npz"))
 
 
@@ -294,15 +294,15 @@ def test_checkpoint_that_does_not_fit(tmp_path):
     """Catches a checkpoint loaded into other shapes, and tracebacks for wrong files."""
     data = load_data(write_npz(tmp_path / "x.npz"))
     path, device = str(tmp_path / "m.pt"), torch.device("cpu")
-    with pytest.raises(SystemExit, match="m.pt: no such file"):
+    with pytest.raises(SystemExit, match="m.pt: found FileNotFound.*make it with train.py"):
         load_checkpoint(path, data, device)
     torch.save({"model": {}}, path)
-    with pytest.raises(SystemExit, match="m.pt: not a checkpoint"):
+    with pytest.raises(SystemExit, match="m.pt: found .*expected a checkpoint"):
         load_checkpoint(path, data, device)
     (tmp_path / "m.pt").write_text(json.dumps({}))
-    with pytest.raises(SystemExit, match="m.pt: not a checkpoint"):
+    with pytest.raises(SystemExit, match="m.pt: found .*expected a checkpoint"):
         load_checkpoint(path, data, device)
     model = make_model(dim=16).float()
     torch.save({"model": model.state_dict(), "config": vars(model.config)}, path)
-    with pytest.raises(SystemExit, match="size 16, .*x.npz has 24"):
+    with pytest.raises(SystemExit, match="x.npz: .*size 24, .*m.pt has 16"):
         load_checkpoint(path, data, device)

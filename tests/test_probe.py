@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import probe
-from model import LVMAE, LVMAEConfig, load_data
+from model import LVMAE, LVMAEConfig, load_checkpoint, load_data
 
 CPU = torch.device("cpu")
 
@@ -157,7 +157,7 @@ def test_features_are_those_of_each_video_alone(tmp_path, is_raw):
     """Batches sorted by length mix up no rows, and a video beyond max_segments is whole."""
     lengths = [3, 1, 20, 3, 7]
     data = load_data(write_npz(tmp_path / "out.npz", [*"abcde"], lengths=lengths))
-    model = None if is_raw else probe.load_checkpoint(write_checkpoint(tmp_path / "c"), data, CPU)
+    model = None if is_raw else load_checkpoint(write_checkpoint(tmp_path / "c"), data, CPU)
     features = probe.compute_features(data, model, CPU).embeddings.split([n + 1 for n in lengths])
     for x, video in zip(features, data.embeddings.float().split(lengths), strict=True):
         with torch.no_grad():

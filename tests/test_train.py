@@ -64,7 +64,7 @@ def test_training_learns_and_says_so(uninterrupted):
     assert losses(folder)[-1][1] < 0.7 * losses(folder)[0][1]
     assert printed.splitlines()[-1].startswith("lvmae.pt: 6 epochs, validation cosine")
     checkpoint = torch.load(folder / "lvmae.pt", weights_only=True)
-    keys = {"model", "config", "optimizer", "epoch", "args", "data", "encoder"}
+    keys = {"model", "config", "optimizer", "epoch", "args", "data", "encoder", "log"}
     assert checkpoint.keys() == keys and checkpoint["epoch"] == 6
     data = load_data(str(folder / "out.npz"))
     model = load_checkpoint(str(folder / "lvmae.pt"), data, torch.device("cpu"))
@@ -101,7 +101,7 @@ def test_two_processes_equal_one(uninterrupted, tmp_path):
     np.testing.assert_allclose(losses(tmp_path), losses(folder), atol=1e-5)
     # and another number of processes may go on where these stopped
     checkpoint = torch.load(tmp_path / "lvmae.pt", weights_only=True)
-    torch.save(checkpoint | {"epoch": 5}, tmp_path / "lvmae.pt")
+    torch.save(checkpoint | {"log": checkpoint["log"][:5]}, tmp_path / "lvmae.pt")
     run(tmp_path, "--epochs", 6, "--warmup-epochs", 2, "--resume")
     assert len(losses(tmp_path)) == 6
 
@@ -112,7 +112,8 @@ def test_each_process_reads_its_share_of_the_files(tmp_path):
     done = run(tmp_path, "--data", *files, "--epochs", 1, "--batch-size", 8, processes=2)
     assert "54 videos to train on, 6 to validate on" in done.stdout
     checkpoint = torch.load(tmp_path / "lvmae.pt", weights_only=True)
-    assert [name for name, _ in checkpoint["data"]] == ["part0.npz", "part1.npz", "part2.npz"]
+    names = [name.split()[0] for name in checkpoint["data"]]
+    assert names == ["part0.npz", "part1.npz", "part2.npz"]
 
 
 def test_several_files_are_one_data_set(tmp_path):
@@ -195,12 +196,12 @@ def test_not_a_number_stops_and_keeps_the_checkpoint(uninterrupted, tmp_path, mo
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--data", "missing.npz"], "missing.npz: no such file"),
+        (["--data", "missing.npz"], "missing.npz: found FileNotFound"),
         (["--heads", "3"], "--heads 3: must divide 16"),
         (["--resume", "--depth", "2"], "lvmae.pt: made with --depth 1, found 2"),
-        (["--resume", "--data", "other.npz"], "lvmae.pt: made from other files"),
+        (["--resume", "--data", "other.npz"], "made with --data .*out.npz.*found .*other.npz"),
         (["--resume", "--batch-size", "8"], "made with --batch-size x processes 16, found 8"),
-        (["--resume", "--out", "out.npz"], "out.npz: not a checkpoint"),
+        (["--resume", "--out", "out.npz"], "out.npz: found .*expected a checkpoint"),
         (["--data", "tiny.npz"], "tiny.npz: 1 videos of 2 or more segments: too few"),
         (["--data", "out.npz", "wide.npz"], "wide.npz: embeddings of size 32, but out.npz has 16"),
     ],
