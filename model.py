@@ -31,8 +31,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ---- Data: the segment embeddings of many videos ------------------------------------------------
-
 
 class Data(NamedTuple):
     """One npz in memory: the segments of V videos, one video after the other, without padding."""
@@ -55,11 +53,8 @@ def pad(embeddings, first, lengths):
     return embeddings[rows].float() * is_segment[..., None]  # (B, N, D), zero beyond each length
 
 
-# ---- Masking (section 3.2, "Masking") -----------------------------------------------------------
-
-
 def random_mask(embeddings, lengths, ratio, generator=None):
-    """Mask a random share of each video's segments.
+    """Section 3.2, "Masking": mask a random share of each video's segments.
 
     embeddings (B, N, D) and lengths (B,) on the CPU, ratio in (0, 1) -> is_masked (B, N) bool.
     """
@@ -68,7 +63,7 @@ def random_mask(embeddings, lengths, ratio, generator=None):
 
 
 def semantic_mask(embeddings, lengths, ratio, generator=None):
-    """Mask the segments least similar to the one before: where something new happens.
+    """Section 3.2: mask the segments least similar to the one before, where something new happens.
 
     Same arguments and result as random_mask; nothing here is random.
     """
@@ -109,9 +104,6 @@ def trivial_predictions(embeddings, lengths, is_masked):
     return {"visible mean": mean, "interpolation": line, "average of both": (mean + line) / 2}
 
 
-# ---- Tokens without padding ---------------------------------------------------------------------
-
-
 def find_tokens(N, lengths, is_masked=None):
     """[CLS] and the segments, but not padding or what is masked: -> is_token (B, N+1) bool."""
     is_segment = torch.arange(N, device=lengths.device) < lengths[:, None]  # (B, N)
@@ -150,9 +142,6 @@ def find_groups(is_token, device):
 def unpack(x, rows, shape):
     """Put tokens to their places in a padded batch: (T, D) -> (*shape, D), zero elsewhere."""
     return x.new_zeros(math.prod(shape), x.shape[1]).index_copy(0, rows, x).unflatten(0, shape)
-
-
-# ---- The model (Figure 1; section 7, "Architectural design") ------------------------------------
 
 
 class Attention(nn.Module):
@@ -220,7 +209,7 @@ class LVMAEConfig:
 
 
 class LVMAE(nn.Module):
-    """The masked autoencoder. Its parameters are named as in MAE and the authors' checkpoints."""
+    """The masked autoencoder (Figure 1; section 7). MAE's and the authors' checkpoints fit it."""
 
     def __init__(self, config):
         super().__init__()
@@ -287,9 +276,6 @@ class LVMAE(nn.Module):
             x = block(x, groups)
         x = self.decoder_pred(self.decoder_norm(x)) / self.input_scale  # (T, D)
         return unpack(x, rows, (B, N + 1))[:, 1:]  # without [CLS]: (B, N, D)
-
-
-# ---- Files and devices --------------------------------------------------------------------------
 
 
 def require(is_right, message):
