@@ -68,9 +68,9 @@ def find_videos(root):
             subfolders[:] = files[:] = []
         visited.add(os.path.realpath(folder))
         subfolders.sort()
-        paths = [os.path.join(folder, name) for name in subfolders + files]
-        videos += [os.path.relpath(p, root) for p in paths if p.lower().endswith(VIDEO_ENDINGS)]
-    return sorted(video.replace(os.sep, "/") for video in videos)
+        videos += [Path(folder, name).relative_to(root).as_posix() for name in subfolders + files
+                   if name.lower().endswith(VIDEO_ENDINGS)]
+    return sorted(videos)
 
 
 def load_encoder(model, pretrained, device):
@@ -107,7 +107,7 @@ def fit(image, preprocess):
 
 
 def decode(path, segment_seconds, frames_per_segment, preprocess):
-    """Yield (segment, RGB frame) in time order; last of all (None, (seconds decoded, note)).
+    """Yield (segment, RGB frame), those of a segment in time order; last (None, (seconds, note)).
 
     A segment is cut into frames_per_segment equal slots, and the first frame of each is taken.
     Grabbing all frames is several times faster than seeking, and exact.
@@ -126,16 +126,16 @@ def decode(path, segment_seconds, frames_per_segment, preprocess):
         fps, count = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
         # Headers are hints: fps may be 0, -1, nan or 90000, and the count anything.
         step, promised = (1 / fps, count / fps) if 1 <= fps <= 240 else (1 / 25, 0.0)
-        time, failures, before, last = -step, 0, set(found), -1
+        now, failures, done, last = -step, 0, set(found), -1
         while failures < 1000:  # one False is a bad packet, not the end
             failures = 0 if capture.grab() else failures + 1
             if failures:
                 continue
             stamp = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
-            time = stamp if time < stamp < float("inf") else time + step  # always forward
-            slot = int(time * frames_per_segment / segment_seconds + 1e-6)
-            segment, end = slot // frames_per_segment, max(end, time + step)
-            image = capture.retrieve()[1] if slot > last and segment not in before else None
+            now = stamp if now < stamp < float("inf") else now + step  # always forward
+            slot = int(now * frames_per_segment / segment_seconds + 1e-6)
+            segment, end = slot // frames_per_segment, max(end, now + step)
+            image = capture.retrieve()[1] if slot > last and segment not in done else None
             if image is not None:
                 last = slot
                 found.add(segment)
@@ -195,9 +195,9 @@ def extract(folder, videos, model, segment_seconds, frames_per_segment, batch_si
             sums = {}
 
 
-def save(path, folder, **arrays):
-    """Write an npz in `folder` and move it to `path`: readers see all of it or nothing."""
-    half = Path(folder, f"{os.path.basename(path)}.{socket.gethostname()}.{os.getpid()}.half")
+def save(path, **arrays):
+    """Write an npz beside `path`, then move it there: readers see all of it or nothing."""
+    half = Path(f"{path}.{socket.gethostname()}.{os.getpid()}.half")
     try:
         with explain(path, "to write it; the same command goes on from here"):
             half.parent.mkdir(parents=True, exist_ok=True)
@@ -241,7 +241,7 @@ def main(args):
     begin = time.time()
     with tqdm(total=len(mine), initial=len(mine) - len(todo), unit="video", mininterval=1) as bar:
         for part in parts:
-            save(paths[part["videos"][0]], folder, **part)
+            save(paths[part["videos"][0]], **part)
             n_segments += len(part["starts"])
             speed = n_segments / (time.time() - begin)
             bar.set_postfix_str(f"{speed:.1f} segments/s", refresh=False)
@@ -250,12 +250,13 @@ def main(args):
     try:
         parts = [dict(np.load(path)) for path in paths.values()]
     except FileNotFoundError:
-        return print(f"Other processes are not done; the last one writes {args.out}. If none is "
-                     "left, give the command again.")
+        print(f"Other processes are not done; the last one writes {args.out}. If none is left, "
+              "give the command again.")
+        return
     good = [part for part in parts if len(part["starts"])]
     notes = [f"  {part['videos'][0]}: {part['note']}" for part in parts if part["note"]]
     if good:
-        save(args.out, os.path.dirname(args.out) or ".", meta=json.dumps(meta), **{
+        save(args.out, meta=json.dumps(meta), **{
             key: np.concatenate([part[key] for part in good]) for key in good[0] if key != "note"})
     shutil.rmtree(folder, ignore_errors=True)
     print(f"{len(good)} of {len(videos)} videos, {sum(len(part['starts']) for part in good):,} "

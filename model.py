@@ -16,11 +16,9 @@ The other four scripts import this file; it imports none of them.
 """
 
 import json
-import math
 import os
 import pickle
 import zipfile
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,16 +95,15 @@ def trivial_predictions(embeddings, lengths, is_masked):
         index = (~is_masked[b, :n]).nonzero()[:, 0]  # of the visible segments
         visible = embeddings[b, index]  # (n_visible, D)
         mean[b, :n] = visible.mean(0)
-        # 2.5: half-way from visible segment 2 to 3; before the first, and after the last, constant.
-        place = np.interp(np.arange(n), index, np.arange(len(index)))
-        left, right = visible[np.floor(place)], visible[np.ceil(place)]  # (n, D)
-        line[b, :n] = left.lerp(right, torch.from_numpy(place % 1).to(left)[:, None])
+        # Weights of the visible segments at each place; constant before the first, after the last.
+        weights = np.stack([np.interp(np.arange(n), index, one) for one in np.eye(len(index))])
+        line[b, :n] = torch.from_numpy(weights).to(visible).T @ visible  # (n, D)
     return {"visible mean": mean, "interpolation": line, "average of both": (mean + line) / 2}
 
 
 def find_tokens(N, lengths, is_masked=None):
     """[CLS] and the segments, but not padding or what is masked: -> is_token (B, N+1) bool."""
-    is_segment = torch.arange(N, device=lengths.device) < lengths[:, None]  # (B, N)
+    is_segment = torch.arange(N) < lengths[:, None]  # (B, N)
     return F.pad(is_segment if is_masked is None else is_segment & ~is_masked, (1, 0), value=True)
 
 
@@ -124,9 +121,8 @@ def find_groups(is_token, device):
     after the other, and for each group: the places of its tokens in its own padded rows, the shape
     (G, L) of these, and is_key (G, 1, 1, L), which of them may be attended to (None: all).
     """
-    is_token = is_token.cpu()  # planned on the host, so that no GPU is waited for
     count = is_token.sum(1)  # (B,) tokens of each video
-    size_class = (2 * count.double().log2()).ceil()  # lengths in a class differ by sqrt(2) at most
+    size_class = (2 * count.double().log2()).ceil()  # the longest is at most sqrt(2) the shortest
     rows, groups = [], []
     for size in size_class.unique():  # a loop over groups, not over videos
         is_member = size_class == size  # (B,)
@@ -141,7 +137,7 @@ def find_groups(is_token, device):
 
 def unpack(x, rows, shape):
     """Put tokens to their places in a padded batch: (T, D) -> (*shape, D), zero elsewhere."""
-    return x.new_zeros(math.prod(shape), x.shape[1]).index_copy(0, rows, x).unflatten(0, shape)
+    return x.new_zeros(*shape, x.shape[1]).flatten(0, 1).index_copy(0, rows, x).unflatten(0, shape)
 
 
 class Attention(nn.Module):
@@ -155,12 +151,12 @@ class Attention(nn.Module):
 
     def forward(self, x, groups):  # x (T, D)
         outs = []
-        tokens = self.qkv(x).split([len(place) for place, *_ in groups])  # of each group, 3D
+        tokens = self.qkv(x).split([len(place) for place, *_ in groups])  # per group (its T, 3D)
         for qkv, (place, shape, is_key) in zip(tokens, groups, strict=True):
             qkv = unpack(qkv, place, shape).unflatten(2, (3, self.heads, -1))  # (G, L, 3, H, D/H)
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (G, H, L, D/H) each
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=is_key)  # (G, H, L, D/H)
-            outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1)[place])  # its tokens, D
+            outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1)[place])  # (its T, D)
         return self.proj(torch.cat(outs))  # (T, D)
 
 
@@ -172,12 +168,11 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        fc1, fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))  # names of MAE
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
 
     def forward(self, x, groups):  # x (T, D)
         x = x + self.attn(self.norm1(x), groups)
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
 
 
 def sincos_positions(length, dim):
@@ -188,9 +183,9 @@ def sincos_positions(length, dim):
     return F.pad(positions, (0, 0, 1, 0))[None].float()
 
 
-def positions(buffer, N):
+def first_positions(buffer, N):
     """The stored positions of N segments, or the formula where the video is longer than those."""
-    is_longer = N >= buffer.shape[1]
+    is_longer = N >= buffer.shape[1]  # the buffer has a row for [CLS], too
     return sincos_positions(N, buffer.shape[2]).to(buffer) if is_longer else buffer[:, : N + 1]
 
 
@@ -209,7 +204,7 @@ class LVMAEConfig:
 
 
 class LVMAE(nn.Module):
-    """The masked autoencoder (Figure 1; section 7). MAE's and the authors' checkpoints fit it."""
+    """The masked autoencoder (Figure 1; section 7), with the names of the authors' checkpoints."""
 
     def __init__(self, config):
         super().__init__()
@@ -241,7 +236,7 @@ class LVMAE(nn.Module):
         """Reconstruct the masked embeddings.
 
         embeddings (B, N, D), lengths (B,), is_masked (B, N) bool -> loss (), predictions (B, N, D).
-        `lengths` and `is_masked` may stay on the CPU: then the host never waits for the GPU.
+        `lengths` and `is_masked` stay on the CPU, so that the host never waits for the GPU.
         """
         latents = self.encode(embeddings, lengths, is_masked)  # (B, N+1, D)
         predictions = self.decode(latents, lengths, is_masked)  # (B, N, D)
@@ -258,7 +253,7 @@ class LVMAE(nn.Module):
         B, N, _ = embeddings.shape
         rows, groups = find_groups(find_tokens(N, lengths, is_masked), embeddings.device)
         x = torch.cat([self.cls_token.expand(B, -1, -1), embeddings * self.input_scale], dim=1)
-        x = x + positions(self.pos_embed, N)  # (B, N+1, D)
+        x = x + first_positions(self.pos_embed, N)  # (B, N+1, D)
         x = x.flatten(0, 1)[rows]  # (T, D)
         for block in self.blocks:
             x = block(x, groups)
@@ -271,7 +266,7 @@ class LVMAE(nn.Module):
         is_hidden = send(F.pad(is_masked, (1, 0)), latents.device).flatten()[rows]  # (T,)
         x = self.decoder_embed(latents.flatten(0, 1)[rows])  # (T, D)
         x = torch.where(is_hidden[:, None], self.mask_token[0], x)
-        x = x + positions(self.decoder_pos_embed, N).expand(B, -1, -1).flatten(0, 1)[rows]
+        x = x + first_positions(self.decoder_pos_embed, N).expand(B, -1, -1).flatten(0, 1)[rows]
         for block in self.decoder_blocks:
             x = block(x, groups)
         x = self.decoder_pred(self.decoder_norm(x)) / self.input_scale  # (T, D)
@@ -300,38 +295,34 @@ def load_data(path):
     Raises SystemExit with one line that names the file, the key, what was found and expected.
     """
     with explain(path, "an npz with embeddings (S, D), lengths (V,) and videos (V,), as from "
-                 "extract.py"):
+                 "extract.py; 'meta', if there, is a JSON object"):
         with np.load(path, allow_pickle=False) as file:
-            arrays = {"meta": np.array("{}"), **file}
-        rows, lengths, videos = (arrays[key] for key in ("embeddings", "lengths", "videos"))
-        (S, D), (V,) = rows.shape, lengths.shape
-    with explain(f"{path}: key 'meta'", "a JSON object"):
-        meta = dict(json.loads(str(arrays["meta"])))
+            arrays = dict(file)
+        (S, D), (V,), _ = (arrays[key].shape for key in ("embeddings", "lengths", "videos"))
+        meta = dict(json.loads(str(arrays.get("meta", "{}"))))
 
-    def check(key, kind, shape, rule=lambda x: True, words=""):
-        x, kinds = arrays[key], {"float": "f", "int": "iu", "text": "U"}[kind]
-        require(x.dtype.kind in kinds and x.shape == shape and rule(x), f"{path}: key '{key}': "
-                f"found {x.dtype} {x.shape} {x.flat[:4].tolist()}, expected {kind} {shape}{words}")
-
-    check("embeddings", "float", (S, D))
-    check("lengths", "int", (V,), lambda x: x.sum() == S and min(x, default=0) > 0,
-          f", each > 0, sum {S}")
-    check("videos", "text", (V,), lambda x: len(set(x)) == V, ", no name twice")
-    lengths = torch.from_numpy(lengths.astype(np.int64))
+    formats = {"embeddings": (np.floating, (S, D)), "lengths": (np.integer, (V,)),
+               "videos": (np.str_, (V,)), "labels": (np.str_, (V,)), "starts": (np.floating, (S,))}
+    for key, x in arrays.items():
+        kind, shape = formats.get(key, (np.generic, x.shape))  # any other key may hold anything
+        require(np.issubdtype(x.dtype, kind) and x.shape == shape, f"{path}: key '{key}': found "
+                f"{x.dtype} {x.shape}, expected {kind.__name__} {shape}")
+    lengths = torch.from_numpy(arrays["lengths"].astype(np.int64))
+    require(lengths.sum() == S > 0 and lengths.min() > 0, f"{path}: key 'lengths': found "
+            f"{lengths[:4].tolist()}, sum {lengths.sum()}, expected each > 0, sum {S}")
     first = lengths.cumsum(0) - lengths  # (V,)
-    place = torch.arange(S) - first.repeat_interleave(lengths)  # (S,) in its own video
-    starts = (place * meta.get("segment_seconds", 5.0)).numpy()
-    arrays = {"labels": np.full(V, ""), "starts": starts} | arrays
-    check("labels", "text", (V,))
-    check("starts", "float", (S,), lambda x: np.isfinite(x).all(), ", all finite")
-    embeddings = torch.from_numpy(rows.astype(np.float16, copy=False))
-    norm = torch.cat([part.float().norm(dim=1) for part in embeddings.split(100_000)])  # (S,)
+    place = (torch.arange(S) - first.repeat_interleave(lengths)).numpy()  # (S,) in its own video
+    starts = arrays.get("starts", place * meta.get("segment_seconds", 5.0))
+    require(np.isfinite(starts).all(), f"{path}: key 'starts': found not finite, expected seconds")
+    videos, labels = (arrays.get(key, np.full(V, "")).tolist() for key in ("videos", "labels"))
+    require(len(set(videos)) == V, f"{path}: key 'videos': found a name twice, expected once")
+    embeddings = torch.from_numpy(arrays["embeddings"].astype(np.float16, copy=False))
+    norm = embeddings.norm(dim=1)  # (S,)
     worst = (norm - 1).abs().argmax()  # what is not a number counts as most
     require((norm[worst] - 1).abs() < 0.01, f"{path}: key 'embeddings': found length "
             f"{norm[worst]:.3g} in row {worst}, expected 1: divide by the norm")
-    starts = torch.from_numpy(arrays["starts"].astype(np.float32))
-    labels = arrays["labels"].tolist()
-    return Data(path, embeddings, lengths, first, starts, videos.tolist(), labels, meta)
+    starts = torch.from_numpy(starts.astype(np.float32))
+    return Data(path, embeddings, lengths, first, starts, videos, labels, meta)
 
 
 def load_checkpoint(path, data, device):
@@ -350,17 +341,16 @@ def load_checkpoint(path, data, device):
 
 def pick_device(name):
     """'auto' is the first of cuda, mps and cpu; each process of torchrun has a GPU of its own."""
-    if name == "auto":
-        has_mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(device for device in has if has[device]) if name == "auto" else name
+    require(has[name], f"--device {name}: torch finds none, take --device cpu")
     if name == "cuda":
-        require(torch.cuda.is_available(), "--device cuda: torch finds no GPU, take --device cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device(name)
 
 
 def prefetch(generator, size):
-    """Run a generator in a thread, `size` items ahead of who uses them."""
+    """Run a generator, of anything but None, in a thread, `size` items ahead of who uses them."""
     pool = ThreadPoolExecutor(1)
     ahead = [pool.submit(next, generator, None) for _ in range(size)]
     try:

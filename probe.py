@@ -8,10 +8,7 @@
 
 A video's features are [CLS] and its segments, all visible. Raw features, the paper's "Baseline",
 are a blank [CLS] and the embeddings without positions: linear and attentive cannot see their order.
-    linear       average of the segments -> linear layer (Table 6)
-    attentive    one transformer layer -> linear layer on [CLS] (Table 7)
-    transformer  an LV-MAE encoder of two layers on raw features, not pre-trained (end to end)
-    mamba        a Mamba layer on raw features, then their average (end to end)
+Transformer and mamba, trained end to end, take raw features too; each head is a class below.
 A run is a seed: of the head, of the batches and, unless the labels name one, of the split (60/20/20
 of each class). Epoch and rate are chosen on validation, the test videos are scored once. The last
 line is the head that was asked for: its name, mean +- standard deviation over the runs.
@@ -49,8 +46,9 @@ def get_args(argv=None):
     # Heads
     add("--head", default="attentive", help="what is trained",
         choices=["linear", "attentive", "transformer", "mamba"])
-    add("--features", default="lvmae", choices=["lvmae", "raw"], help="of linear and attentive")
-    add("--compare", action="store_true", help="all heads")
+    add("--features", default="lvmae", choices=["lvmae", "raw"],
+        help="what linear and attentive see; raw needs no checkpoint")
+    add("--compare", action="store_true", help="every row of the table, whatever --head is")
     # Their training
     add("--runs", type=int, default=3, help="runs, with seeds --seed, --seed + 1, ...")
     add("--seed", type=int, default=0, help="seed of the first run")
@@ -62,39 +60,31 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
-def read_csv(path, split=""):
-    """Read a CSV with columns video, label and perhaps split, or one of LVU or Breakfast."""
-    lines = Path(path).read_text("utf-8-sig").splitlines() or [""]
-    rows = []
-    for row in csv.DictReader(lines, delimiter="," if "," in lines[0] else " "):  # LVU: spaces
-        video = row.get("video") or row.get("youtube_id") or row.get("file_name")
-        label = row.get("label") or row.get("class_name") or row.get("action")
-        if "view_count" in row:
-            label = math.log(float(row["view_count"]))
-        if "like_count" in row:
-            likes, dislikes = float(row["like_count"]), float(row["dislike_count"])
-            label = 10 * likes / (likes + dislikes)
-        is_right = video and label is not None and row.get("split", "val") in SPLITS
-        require(is_right, f"{path}: found {row}, expected video, label[, train|val|test]")
-        rows.append((video, label, row.get("split", split)))
-    return rows
-
-
 def read_labels(source, data):
     """Read --labels: rows of (video, label, split), split '' where the source has none."""
-    path = Path(source)
+    path, rows = Path(source), []
     if source == "folders":
         return [(v, label, "") for v, label in zip(data.videos, data.labels, strict=True) if label]
     if source == "breakfast":  # P03_cam01_P03_cereals.avi; persons 47 to 54 are the published test
         names = [(v, re.search(r"P(\d\d)_([a-z]+)(_ch0)?\.\w+$", v)) for v in data.videos]
         return [(v, m[2], "test" if int(m[1]) >= 47 else "train") for v, m in names if m]
-    if path.is_dir():  # LVU and Breakfast: train.csv, test.csv and perhaps val.csv
-        files = [path / f"{split}.csv" for split in SPLITS]
-        return [row for file in files if file.exists() for row in read_csv(file, file.stem)]
     if path.suffix == ".json":  # COIN
         videos = json.loads(path.read_text("utf-8"))["database"].items()
         return [(video, v["class"], v["subset"].removesuffix("ing")) for video, v in videos]
-    return read_csv(path)
+    files = {path / f"{split}.csv": split for split in SPLITS}  # LVU and Breakfast: a folder
+    files = {file: split for file, split in files.items() if file.exists()} or {path: ""}
+    for file, split in files.items():
+        lines = file.read_text("utf-8-sig").splitlines()
+        for row in csv.DictReader(lines, delimiter="," if "," in lines[0] else " "):  # LVU: spaces
+            video = row.get("video") or row.get("youtube_id") or row.get("file_name")
+            label = row.get("label") or row.get("class_name") or row.get("action")
+            if "view_count" in row:
+                label = math.log(float(row["view_count"]))
+            if "like_count" in row:
+                likes, dislikes = float(row["like_count"]), float(row["dislike_count"])
+                label = 10 * likes / (likes + dislikes)
+            rows.append((video, label, row.get("split", split)))
+    return rows
 
 
 def match(rows, videos, source):
@@ -105,6 +95,8 @@ def match(rows, videos, source):
         for name in {video, str(path.with_suffix("")), path.name, path.stem}:
             indices.setdefault(re.sub("[-/]", "_", name), []).append(index)
     for video, label, split in rows:
+        require(video and label is not None and split in ("", *SPLITS), f"{source}: found "
+                f"{(video, label, split)}, expected video, label[, train|val|test]")
         # Breakfast: P03-cam01-P03_cereals is P03_cam01_P03_cereals or P03/cam01/P03_cereals on disk
         hits = indices.get(re.sub("[-/]", "_", video), [])
         hits = [index for index in hits if videos[index] == video] or hits
@@ -127,48 +119,44 @@ def make_split(found, named, seed, is_class, source):
     `named`: the splits that they have. Returns {"train": indices of videos, "val": .., "test": ..}.
     """
     generator = torch.Generator().manual_seed(seed)
-    split, classes = {part: [] for part in SPLITS}, {}
+    classes = {}
     for index, (label, part) in found.items():
         group = classes.setdefault(label if is_class else "", {part: [] for part in SPLITS})
         group[part or "train"].append(index)
-    for label, group in classes.items():
-        n = {part: len(indices) for part, indices in group.items()}
-        is_right = not is_class or (n["train"] and sum(n.values()) > 1)
-        require(is_right, f"{source}: found {n} videos of class {label!r}, expected two or more "
-                "and one of them in train: complete it or drop it")
-        order = torch.randperm(n["train"], generator=generator)
-        group["train"] = [group["train"][i] for i in order]
+    for group in classes.values():
+        order = torch.randperm(len(group["train"]), generator=generator)
+        train = group["train"] = [group["train"][i] for i in order]
         for part in SPLITS[1:]:
             if part not in named:
-                group[part] = [group["train"].pop() for _ in range(round(0.2 * n["train"]))]
-        for part in SPLITS:
-            split[part] += group[part]
+                group[part] = [train.pop() for _ in range(round(0.2 * len(order)))]
+    split = {part: sum((group[part] for group in classes.values()), []) for part in SPLITS}
     n = {part: len(indices) for part, indices in split.items()}
-    is_right = min(n.values()) > 0 and n["train"] > 1 and len(classes) >= 1 + is_class
-    require(is_right, f"{source}: found {len(classes)} classes and {n} videos, expected two "
-            "or more and none of 0: give each class a folder, or give --labels FILE.csv")
+    poor = [label for label, group in classes.items()
+            if not group["train"] or sum(map(len, group.values())) < 1 + is_class]
+    is_right = not poor and min(n.values()) > 0 and n["train"] > 1 and len(classes) > is_class
+    require(is_right, f"{source}: found {len(classes)} classes, {n} videos, too few in {poor[:3]}; "
+            "expected two classes or more, two videos in each, one of them in train, and no split "
+            "of 0: give each class a folder, or give --labels FILE.csv")
     return split
 
 
 @torch.no_grad()
 def compute_features(data, model, device):
     """Data whose rows are [CLS] and the segments of each video: (S + V, D). `model` None: raw."""
-    V, (S, D) = len(data.videos), data.embeddings.shape
-    features = data._replace(embeddings=torch.empty(S + V, D, dtype=torch.half),
-                             first=data.first + torch.arange(V), lengths=data.lengths + 1)
+    features = [None] * len(data.videos)
     batches = data.lengths.argsort(stable=True).split(32)  # of similar length: little padding
     for videos in tqdm(batches, "features", leave=False, disable=None):
         lengths = data.lengths[videos]
         x = lvmae.pad(data.embeddings, data.first[videos], lengths)  # (B, N, D)
         x = model.encode(x.to(device), lengths).cpu() if model else F.pad(x, (0, 0, 1, 0))
-        rows = features.first[videos, None] + torch.arange(x.shape[1])  # (B, N+1)
-        is_token = find_tokens(x.shape[1] - 1, lengths)  # (B, N+1)
-        features.embeddings[rows[is_token]] = x[is_token].half()
-    return features
+        for video, n, tokens in zip(videos, lengths, x.half(), strict=True):
+            features[video] = tokens[: n + 1]
+    return data._replace(embeddings=torch.cat(features), lengths=data.lengths + 1,
+                         first=data.first + torch.arange(len(features)))
 
 
 class Linear(nn.Module):
-    """Linear probing: the average of the segments -> linear layer. The other heads build on it."""
+    """Table 6: the average of the segments -> linear layer. The other heads build on it."""
 
     def __init__(self, dim, outputs):
         super().__init__()
@@ -176,6 +164,7 @@ class Linear(nn.Module):
         # the layer starts at zero: small rates and few steps would not wash out a random start.
         self.last = nn.Sequential(nn.BatchNorm1d(dim, affine=False), nn.Linear(dim, outputs))
         nn.init.zeros_(self.last[1].weight)
+        self.heads = math.gcd(dim, 8)  # of attention and mamba: 8, or the power of 2 in dim
 
     def forward(self, x, lengths):  # (B, N+1, D), zero at padding, (B,) -> (B, outputs)
         return self.last(self.summary(x, lengths))
@@ -186,13 +175,13 @@ class Linear(nn.Module):
 
 
 class Attentive(Linear):
-    """A transformer layer -> [CLS]. No other output is read, so no other is computed."""
+    """Table 7: a transformer layer -> [CLS]. No other output is read, so no other is computed."""
 
     def __init__(self, dim, outputs):
         super().__init__(dim, outputs)
         self.cls_token = nn.Parameter(torch.zeros(dim))  # on top of [CLS], which is blank if raw
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = nn.MultiheadAttention(dim, math.gcd(dim, 8), batch_first=True)
+        self.attention = nn.MultiheadAttention(dim, self.heads, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def summary(self, x, lengths):
@@ -208,9 +197,8 @@ class Transformer(Linear):
 
     def __init__(self, dim, outputs):
         super().__init__(dim, outputs)
-        heads = math.gcd(dim, 8)  # 8, or the largest power of 2 that divides dim
-        self.encoder = lvmae.LVMAE(lvmae.LVMAEConfig(dim, 2, heads, decoder_dim=2, decoder_depth=0,
-                                         decoder_heads=1))
+        sizes = dict(decoder_dim=2, decoder_depth=0, decoder_heads=1)  # there is no decoding
+        self.encoder = lvmae.LVMAE(lvmae.LVMAEConfig(dim, 2, self.heads, **sizes))
 
     def summary(self, x, lengths):
         return self.encoder.encode(x[:, 1:], lengths)[:, 0]
@@ -223,45 +211,39 @@ def selective_scan(x, delta, rate, b, c):
     sums over the steps s up to t, each shrunk by the decays since: one matrix product (Mamba-2), of
     which the memory grows with N * N.
     """
-    log_decay = (-rate * delta).cumsum(1)  # (B, N, H)
-    log_decay = log_decay[:, :, None] - log_decay[:, None]  # (B, N, N, H), at [t, s]
-    is_future = torch.ones(log_decay.shape[1:3], device=x.device).triu(1).bool()  # (N, N)
-    decay = log_decay.masked_fill(is_future[..., None], -math.inf).exp()
-    matrix = (c @ b.mT)[..., None] * decay * delta[:, None]  # (B, N, N, H)
-    return torch.einsum("btsh,bshp->bthp", matrix, x)
+    log_decay = (-rate * delta).cumsum(1).mT  # (B, H, N)
+    log_decay = log_decay[..., None] - log_decay[..., None, :]  # (B, H, N, N), at [t, s]
+    decay = log_decay.tril().exp().tril()  # no future; the first tril keeps exp from overflowing
+    matrix = (c @ b.mT)[:, None] * decay * delta.mT[:, :, None]  # (B, H, N, N)
+    return torch.einsum("bhts,bshp->bthp", matrix, x)
 
 
 class Mamba(Linear):
-    """A Mamba layer -> average. All of it is causal: padding, at the end, reaches no segment."""
+    """A Mamba layer -> average. All of it is causal: padding, at the end, reaches no segment.
+
+    Paper: Mamba. Here: with one decay per head, as in Mamba-2, so that the scan is a product.
+    """
 
     def __init__(self, dim, outputs, state=16):
         super().__init__(dim, outputs)
-        heads = math.gcd(dim, 8)
-        self.sizes = [2 * dim, 2 * dim, state, state, heads]
+        self.sizes = [2 * dim, 2 * dim, state, state, self.heads]
         self.norm = nn.LayerNorm(dim)
         self.proj_in, self.proj_out = nn.Linear(dim, sum(self.sizes)), nn.Linear(2 * dim, dim)
         self.conv = nn.Conv1d(2 * dim, 2 * dim, 4, padding=3, groups=2 * dim)
-        self.log_rate = nn.Parameter(torch.linspace(-4, 1, heads))  # from long memory to short
-        self.skip = nn.Parameter(torch.ones(heads, 1))
+        self.log_rate = nn.Parameter(torch.linspace(-4, 1, self.heads))  # from long memory to short
+        self.skip = nn.Parameter(torch.ones(self.heads, 1))
 
     def summary(self, x, lengths):
         u, gate, b, c, delta = self.proj_in(self.norm(x)).split(self.sizes, dim=-1)
-        u = F.silu(self.conv(u.mT)[..., : x.shape[1]].mT).unflatten(2, (len(self.log_rate), -1))
+        u = F.silu(self.conv(u.mT)[..., : x.shape[1]].mT).unflatten(2, (self.heads, -1))
         y = selective_scan(u, F.softplus(delta), self.log_rate.exp(), b, c) + self.skip * u
         return super().summary(x + self.proj_out(y.flatten(2) * F.silu(gate)), lengths)
 
 
-# Paper: 1e-4 (Table 6). Here: validation chooses among three rates, since on a few hundred videos
-# 30 epochs at 1e-4 end before the layer has moved.
-RATES = (1e-4, 1e-3, 1e-2)
-ROWS = {  # of the table: features, head, epochs, learning rates and their factor per epoch
-    "majority": ("raw", None, 0, (), 0.0),
-    "raw linear": ("raw", Linear, 30, RATES, 1.0),  # Table 6
-    "raw attentive": ("raw", Attentive, 20, (1e-3,), 0.9),  # Table 7
-    "transformer": ("raw", Transformer, 20, (1e-3,), 0.9),  # Paper: silent. Here: as Table 7
-    "mamba": ("raw", Mamba, 20, (1e-3,), 0.9),
-    "LV-MAE linear": ("lvmae", Linear, 30, RATES, 1.0),
-    "LV-MAE attentive": ("lvmae", Attentive, 20, (1e-3,), 0.9),
+ROWS = {  # of the table, and their heads: on latents where it says LV-MAE, else on raw features
+    "majority": None, "raw linear": Linear, "raw attentive": Attentive,
+    "transformer": Transformer, "mamba": Mamba,
+    "LV-MAE linear": Linear, "LV-MAE attentive": Attentive,
 }
 
 
@@ -271,14 +253,17 @@ def fit(row, features, targets, split, seed, args, device):
     targets (V,): class indices -> accuracy in %; numbers (regression) -> mean squared error.
     """
     torch.manual_seed(seed)
-    train, val, test = split.values()
+    train, val, test = map(torch.tensor, split.values())
     is_class = not targets.is_floating_point()
+    # Numbers are learned with mean 0 and deviation 1, and scored in their own unit.
     center, scale = (0, 1) if is_class else (targets[train].mean(), targets[train].std())
     if row == "majority":  # always the commonest class of train, or its mean
         error = targets[test] - (targets[train].mode().values if is_class else center)
         return (100 * (error == 0).double().mean() if is_class else error.square().mean()).item()
-    D, outputs = features.embeddings.shape[1], int(targets.max()) + 1 if is_class else 1
-    _, Head, epochs, rates, gamma = ROWS[row]
+    Head, outputs = ROWS[row], int(targets.max()) + 1 if is_class else 1
+    # Tables 6 and 7. Paper: linear at 1e-4. Here: validation chooses among three rates, since on a
+    # few hundred videos 30 epochs at 1e-4 end before the layer has moved. End to end, it is silent.
+    epochs, rates, gamma = (30, (1e-4, 1e-3, 1e-2), 1.0) if Head is Linear else (20, (1e-3,), 0.9)
     loss_of = F.cross_entropy if is_class else F.mse_loss
 
     def predict(head, videos):
@@ -289,19 +274,18 @@ def fit(row, features, targets, split, seed, args, device):
 
     @torch.no_grad()
     def score(head, videos):  # accuracy (0 for numbers), then minus the loss: more is better
-        batches = torch.tensor(videos).split(args.batch_size)
-        y = torch.cat([predict(head.eval(), batch) for batch in batches])
+        y = torch.cat([predict(head.eval(), batch) for batch in videos.split(args.batch_size)])
         accuracy = (y.argmax(-1) == targets[videos]).double().mean().item() if is_class else 0
         return 100 * accuracy, -loss_of(y, targets[videos]).item()
 
-    best = (-1, 0)
+    best = (-1, 0)  # below any score
     for lr in (args.lr,) if args.lr else rates:
-        head = Head(D, outputs).to(device)
+        head = Head(features.embeddings.shape[1], outputs).to(device)
         optimizer = torch.optim.Adam(head.parameters(), lr, betas=(0.9, 0.999))
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
         for _ in tqdm(range(args.epochs or epochs), f"{row}, epochs", leave=False, disable=None):
             head.train()
-            order = torch.tensor(train)[torch.randperm(len(train))]
+            order = train[torch.randperm(len(train))]
             # Batches of equal size: BatchNorm cannot train on a last one of one video.
             for videos in order.tensor_split(max(1, len(train) // args.batch_size)):
                 loss = loss_of(predict(head, videos), targets[videos])
@@ -322,33 +306,30 @@ def main(args):
     require(args.runs > 0 and args.batch_size > 1, "expected --runs above 0, --batch-size above 1")
     data, device = lvmae.load_data(args.data), lvmae.pick_device(args.device)
     with lvmae.explain(args.labels, "labels (see --help)", ZeroDivisionError):
-        rows = read_labels(args.labels, data)
-        if args.regression:
-            rows = [(video, float(label), split) for video, label, split in rows]
+        rows = [(video, float(label) if args.regression else label, split)
+                for video, label, split in read_labels(args.labels, data)]
     found, named = match(rows, data.videos, args.labels), {split for _, _, split in rows}
     is_class = not any(isinstance(label, float) for label, _ in found.values())
-    seeds = range(args.seed, args.seed + args.runs)
-    splits = [make_split(found, named, seed, is_class, args.labels) for seed in seeds]
+    splits = {seed: make_split(found, named, seed, is_class, args.labels)
+              for seed in range(args.seed, args.seed + args.runs)}
     classes = sorted({label for label, _ in found.values()})  # one map for all splits
-    targets = torch.zeros(len(data.videos), dtype=torch.long if is_class else torch.float)
-    for index, (label, _) in found.items():
-        targets[index] = classes.index(label) if is_class else label
+    label_of = {i: classes.index(x) if is_class else x for i, (x, _) in found.items()}
+    targets = torch.tensor([label_of.get(i, 0) for i in range(len(data.videos))])  # (V,)
 
     wanted = [row for row in ROWS if args.compare or row.endswith(("majority", args.head))]
-    wanted = [row for row in wanted if ROWS[row][0] in ("raw", args.features)]
-    features = {"raw": compute_features(data, None, device)}
-    if any(ROWS[row][0] == "lvmae" for row in wanted):
-        model = lvmae.load_checkpoint(args.ckpt, data, device)
-        features["lvmae"] = compute_features(data, model, device)
+    if args.features == "raw":
+        wanted = [row for row in wanted if "LV-MAE" not in row]
+    raw, latents = compute_features(data, None, device), None
+    if any("LV-MAE" in row for row in wanted):
+        latents = compute_features(data, lvmae.load_checkpoint(args.ckpt, data, device), device)
 
-    n = {part: len(indices) for part, indices in splits[0].items()}
+    n = {part: len(indices) for part, indices in splits[args.seed].items()}
     metric = f"{len(classes)} classes; accuracy in %" if is_class else "mean squared error"
     print(f"{args.runs} runs; {', '.join(f'{part} {n[part]}' for part in n)} videos; {metric}")
     table = {}
     for row in wanted:
-        x = features[ROWS[row][0]]
-        runs = zip(seeds, splits, strict=True)
-        runs = [fit(row, x, targets, split, seed, args, device) for seed, split in runs]
+        x = latents if "LV-MAE" in row else raw
+        runs = [fit(row, x, targets, splits[seed], seed, args, device) for seed in splits]
         mean, std = statistics.mean(runs), statistics.stdev(runs) if args.runs > 1 else 0.0
         table[row] = {"mean": mean, "std": std, "runs": runs}
         print(f"{row:16} {mean:7.2f} +- {std:.2f}", flush=True)

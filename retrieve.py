@@ -89,11 +89,9 @@ def read_captions(path, data):
         embeddings = F.normalize(embeddings[list(place.values())].float(), dim=1)
     tenths = (data.starts * 10).round().tolist()  # starts agree if they do to a tenth of a second
     names = np.repeat(np.array(data.videos, object), data.lengths)
-    segment = {key: s for s, key in enumerate(zip(names, tenths, strict=True))}
-    truth = torch.full((len(names),), -1)
-    for key, text in zip(keys, texts, strict=False):
-        if key in segment and text:
-            truth[segment[key]] = number[text]
+    caption = dict(zip(keys, texts, strict=False))  # of segments; only a .csv has keys
+    truth = [number.get(caption.get(key), -1) for key in zip(names, tenths, strict=True)]
+    truth = torch.tensor(truth)  # (S,)
     require(number and (not keys or (truth >= 0).any()),
             f"{path}: found no caption{' of a segment' if keys else ''}, expected some (videos as "
             f"{names[0]}, starts as {tenths[0] / 10} in {data.path})")
@@ -125,7 +123,7 @@ def embed_captions(path, captions, data, device):
                          " FILE.npz (captions, embeddings)") from None
     embeddings = torch.cat(embeddings)  # (C, D)
     if os.access(cache.parent, os.W_OK):
-        save(cache, cache.parent, digest=digest, embeddings=embeddings.numpy())
+        save(cache, digest=digest, embeddings=embeddings.numpy())
     return embeddings
 
 
@@ -202,7 +200,7 @@ def draw_figure(name, segments, frames):
     figure = Image.new("RGB", (1000, 40 + -(-len(frames) // 4) * (above + below)), "white")
     draw = ImageDraw.Draw(figure)
     draw.text((8, 8), name, "black", font)
-    for i, x in enumerate((504, 629, 776), 2):  # the columns that hold something
+    for i, x in enumerate((504, 629, 776), 2):  # a legend of the captions that are there
         if any(segment[i] for segment in segments):
             draw.text((x, 8), TITLES[i], COLOURS[i - 2], font)
     cells = zip(segments, columns, frames, strict=True)

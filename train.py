@@ -14,11 +14,10 @@ import argparse
 import json
 import math
 import os
-import sys
 import time
 import zipfile
-import zlib
 from dataclasses import asdict
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -41,7 +40,10 @@ PRESETS = {
 
 def get_args(argv=None):
     """Read the command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    first = argparse.ArgumentParser(add_help=False)  # the preset: other defaults depend on it
+    first.add_argument("--preset", choices=PRESETS, default="compact", help="sizes and schedule")
+    parser = argparse.ArgumentParser(parents=[first],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     # Files
     add("--data", nargs="+", default=["out.npz"], metavar="FILE", help="npz files of extract.py")
@@ -51,7 +53,6 @@ def get_args(argv=None):
     add("--mask", choices=lvmae.MASKS, default="random", help="what to mask")
     add("--mask-ratio", type=float, help="share of masked segments; random 0.4, semantic 0.5")
     # Sizes; the encoder is as wide as the embeddings
-    add("--preset", choices=PRESETS, default="compact", help="defaults of sizes and schedule")
     add("--depth", type=int, help="layers of the encoder")
     add("--heads", type=int, help="attention heads of the encoder")
     add("--decoder-dim", type=int, help="width of the decoder")
@@ -72,17 +73,12 @@ def get_args(argv=None):
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where")
     add("--seed", type=int, default=0, help="of weights, split, crops and masks")
 
-    # The preset is read first, for --help too, since the other defaults depend on it.
-    words = sys.argv[1:] if argv is None else argv
-    words = [word for word in words if word not in ("-h", "--help")]
-    parser.set_defaults(**PRESETS[parser.parse_known_args(words)[0].preset])
+    parser.set_defaults(**PRESETS[first.parse_known_args(argv)[0].preset])
     args = parser.parse_args(argv)
     if args.mask_ratio is None:
         args.mask_ratio = {"random": 0.4, "semantic": 0.5}[args.mask]  # the best of Figure 2
     if not 0 < args.mask_ratio < 1:
         parser.error(f"--mask-ratio {args.mask_ratio}: must lie between 0 and 1")
-    if args.decoder_dim % args.decoder_heads:
-        parser.error(f"--decoder-heads {args.decoder_heads}: must divide {args.decoder_dim}")
     return args
 
 
@@ -107,11 +103,12 @@ def read_videos(files, val_share, seed):
         n, n_val = len(usable), max(1, round(val_share * len(usable)))
         require(n_val < n, f"{part.path}: {n} videos of 2 or more segments: too few")
         order = usable[torch.randperm(n, generator=seeded(seed))] + offset
-        val, train = [*val, order[:n_val]], [*train, order[n_val:]]
+        val.append(order[:n_val])
+        train.append(order[n_val:])
         offset += len(part.videos)
     embeddings = torch.cat([part.embeddings for part in parts]) if parts[1:] else part.embeddings
     lengths = torch.cat([part.lengths for part in parts])
-    first = lengths.cumsum(0) - lengths  # training needs these three; the rest is the first file's
+    first = lengths.cumsum(0) - lengths  # of all files, only these three: training needs no more
     data = parts[0]._replace(embeddings=embeddings, lengths=lengths, first=first)
     return data, torch.cat(train), torch.cat(val)
 
@@ -121,8 +118,7 @@ def training_batches(data, videos, args, epoch, steps, share):
     generator = seeded(args.seed, epoch)
     order = videos[torch.randperm(len(videos), generator=generator)]
     for batch in order.tensor_split(steps):
-        lengths, first = data.lengths[batch], data.first[batch]
-        lengths, first = crop(lengths, first, args.max_segments, generator)
+        lengths, first = crop(data.lengths[batch], data.first[batch], args.max_segments, generator)
         x = lvmae.pad(data.embeddings, first, lengths)  # (B, N, D)
         is_masked = lvmae.MASKS[args.mask](x, lengths, args.mask_ratio, generator)  # (B, N)
         yield x[share], lengths[share], is_masked[share]
@@ -209,26 +205,16 @@ def settings(args, world):
     kept |= {"--batch-size x processes": args.batch_size * world, "--data": []}
     for path in args.data:
         with zipfile.ZipFile(path) as file:  # it holds a checksum of each array
-            checksum = zlib.crc32(str([array.CRC for array in file.infolist()]).encode())
-            kept["--data"].append(f"{os.path.basename(path)} ({checksum:08x})")
+            checksum = sum(array.CRC for array in file.infolist())
+            kept["--data"].append(f"{os.path.basename(path)} ({checksum:x})")
     return kept
-
-
-def resume(args, flags, data, device):
-    """Load --out, if its run had the same flags -> model, state of the optimizer, log."""
-    model = lvmae.load_checkpoint(args.out, data, device).train()
-    with lvmae.explain(args.out, "a checkpoint: make it with train.py"):
-        checkpoint = torch.load(args.out, map_location="cpu", weights_only=True)
-        for flag, found in flags.items():
-            expected = checkpoint["args"].get(flag)
-            require(found == expected, f"{args.out}: made with {flag} {expected}, found {found}")
-        return model, checkpoint["optimizer"], checkpoint["log"]
 
 
 def main(args):
     """Train; write a line of the log and a checkpoint after each epoch."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
-    device, say = lvmae.pick_device(args.device), print if rank == 0 else lambda line: None
+    device = lvmae.pick_device(args.device)
+    say = partial(print, flush=True) if rank == 0 else lambda line: None
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
@@ -242,28 +228,33 @@ def main(args):
     counts = torch.tensor([len(train), len(val)], device=device)
     videos, held_out = (counts if is_shared else total(counts)).tolist()  # of all processes
     steps = max(1, round(videos / (args.batch_size * world)))  # in an epoch
-    too_few = f"{', '.join(files)}: too few videos for {world} processes"
-    require(len(train[share]) >= steps, too_few)
+    require(len(train[share]) >= steps, f"{files}: too few videos for {world} processes")
     val = val[data.lengths[val].argsort(stable=True)]  # similar lengths together: little padding
-    val_batches = val.split(args.batch_size)[share]
+    val_batches = val.split(16)[share]  # not --batch-size, on which masks must not depend
 
     config = lvmae.LVMAEConfig(
         data.embeddings.shape[1], args.depth, args.heads, args.decoder_dim, args.decoder_depth,
         args.decoder_heads, args.max_segments, args.input_scale)
-    require(config.dim % config.heads == 0, f"--heads {config.heads}: must divide {config.dim}, "
-            "the embedding size")
+    require(config.dim % config.heads == config.decoder_dim % config.decoder_heads == 0,
+            f"--heads {config.heads}: must divide {config.dim}, the embedding size; "
+            f"--decoder-heads {config.decoder_heads}: must divide {config.decoder_dim}")
     torch.manual_seed(args.seed)
-    model, moments, log = lvmae.LVMAE(config).to(device), None, []
-    flags = settings(args, world)
+    model = lvmae.LVMAE(config).to(device)
+    optimizer, flags, log = make_optimizer(model, args), settings(args, world), []
     if args.resume and os.path.exists(args.out):
-        model, moments, log = resume(args, flags, data, device)
+        with lvmae.explain(args.out, "a checkpoint: make it with train.py"):
+            checkpoint = torch.load(args.out, map_location="cpu", weights_only=True)
+            for flag, now in flags.items():  # the same sizes and files: so the weights fit
+                then = checkpoint["args"].get(flag)
+                require(now == then, f"{args.out}: made with {flag} {then}, found {now}")
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            log = checkpoint["log"]
+        del checkpoint
     done = len(log)
     is_same = total(torch.tensor([done], device=device)).item() == done * world
     require(is_same, f"{args.out}: found different files, expected one that all machines share")
     require(done < args.epochs, f"{args.out}: has all {args.epochs} epochs behind it")
-    optimizer = make_optimizer(model, args)
-    if done:
-        optimizer.load_state_dict(moments)
     net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
 
     size = sum(p.numel() for p in model.parameters()) / 1e6
@@ -292,10 +283,8 @@ def main(args):
             f"cosine {cosine:.4f}  lr {lr:.1e}  {speed:,.0f} segments/s  ETA {eta:.1f} min")
         log.append(dict(epoch=epoch, loss=loss, val_loss=val_loss, cosine=cosine, lr=lr))
         if rank == 0:
-            # All of the log at first: a run that was killed may have left one line too many.
-            mode, lines = ("w", log) if epoch == done + 1 else ("a", log[-1:])
-            with open(os.path.splitext(args.out)[0] + ".jsonl", mode) as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+            with open(os.path.splitext(args.out)[0] + ".jsonl", "w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in log)
             checkpoint = dict(model=model.state_dict(), config=asdict(config), epoch=epoch, log=log,
                               optimizer=optimizer.state_dict(), args=flags, data=flags["--data"],
                               encoder=data.meta)

@@ -239,6 +239,8 @@ def test_load_and_pad(tmp_path):
     assert torch.equal(batch[0, :3], data.embeddings[:3].float()) and not batch[0, 3].any()
     assert torch.equal(batch[1], data.embeddings[3:].float())
     assert data.starts.tolist() == [0, 5, 10, 0, 5, 10, 15] and data.labels == ["", ""]
+    data = load_data(write_npz(tmp_path / "x.npz", meta=np.array('{"segment_seconds": 2}')))
+    assert data.starts.tolist() == [0, 2, 4, 0, 2, 4, 6]
 
 
 ZERO_ROW = np.pad(np.eye(6, D), ((0, 1), (0, 0)))

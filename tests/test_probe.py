@@ -64,8 +64,8 @@ def test_lvu_numbers(tmp_path):
     """The like ratio is 10 * like / (like + dislike), views are logarithms: not the raw counts."""
     (tmp_path / "a.csv").write_text("like_count dislike_count youtube_id imdb_id\n30 10 x tt1\n")
     (tmp_path / "b.csv").write_text("view_count youtube_id imdb_id\n1000 -y tt1\n")
-    assert probe.read_csv(tmp_path / "a.csv") == [("x", 7.5, "")]
-    assert probe.read_csv(tmp_path / "b.csv") == [("-y", math.log(1000), "")]
+    assert probe.read_labels(str(tmp_path / "a.csv"), None) == [("x", 7.5, "")]
+    assert probe.read_labels(str(tmp_path / "b.csv"), None) == [("-y", math.log(1000), "")]
 
 
 def test_breakfast_file(tmp_path, capsys):
@@ -139,7 +139,7 @@ def test_named_split_is_kept():
     ("aaa", ["train", "val", "test"], "1 classes"),
     ("aaaaaaaaab", [""], "'b'"),
     ("abc" * 10, ["train", "train", "test"], "'c'"),
-    ("ab" * 9, ["train", "val"], "'test': 0"),
+    ("aabb" * 9, ["train", "val"], "'test': 0"),
     ("", [""], "'train': 0"),
 ])  # fmt: skip
 def test_split_errors(labels, parts, message):
@@ -308,4 +308,6 @@ def test_errors(tmp_path, monkeypatch):
     assert "lvmae.pt" in error_of("--labels", "c.csv")
     Path("d.json").write_text("[1]")
     assert "d.json" in error_of("--labels", "d.json")
+    Path("e.json").write_text('{"database": {"1": {"class": "x", "subset": "validation"}}}')
+    assert "train|val|test" in error_of("--labels", "e.json")
     assert "--batch-size" in error_of("--batch-size", 1)

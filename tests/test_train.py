@@ -52,7 +52,7 @@ def losses(folder, name="lvmae"):
 def uninterrupted(tmp_path_factory):
     """A run of 6 epochs that was never stopped: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    write_npz(folder / "out.npz")
+    write_npz(folder / "out.npz", videos=200)  # 20 to validate on: more than one batch
     return folder, run(folder, "--epochs", 6, "--warmup-epochs", 2).stdout
 
 
