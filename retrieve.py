@@ -118,7 +118,7 @@ def embed_captions(path, captions, data, device):
             embeddings.append(F.normalize(text, dim=1).half().cpu())
         found = text.shape[1]
         require(found == size, f"found embeddings of size {found}, expected {size}")
-    except (SystemExit, ImportError) as error:
+    except (SystemExit, ImportError) as error:  # the lines of load_encoder, and those above
         raise SystemExit(f"{data.path}: its text tower: {error}; or give --captions"
                          " FILE.npz (captions, embeddings)") from None
     embeddings = torch.cat(embeddings)  # (C, D)
