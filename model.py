@@ -95,7 +95,7 @@ def trivial_predictions(embeddings, lengths, is_masked):
         index = (~is_masked[b, :n]).nonzero()[:, 0]  # of the visible segments
         visible = embeddings[b, index]  # (n_visible, D)
         mean[b, :n] = visible.mean(0)
-        # Weights of the visible segments at each place; constant before the first, after the last.
+        # Interpolated one-hot vectors: the weights of the visible segments at each place.
         weights = np.stack([np.interp(np.arange(n), index, one) for one in np.eye(len(index))])
         line[b, :n] = torch.from_numpy(weights).to(visible).T @ visible  # (n, D)
     return {"visible mean": mean, "interpolation": line, "average of both": (mean + line) / 2}

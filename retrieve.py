@@ -255,7 +255,7 @@ def main(args):
             segments.append((time, mark, caption, read[0], read[1] if masked else ""))
         print(f"{name}, ▒ is masked\n")
         print_table(segments)
-        if args.figure:  # of two frames a segment dict keeps the second: from its middle
+        if args.figure:  # decode gives two a segment, and dict keeps the second: its middle
             frames = dict(decode(os.path.join(args.videos, name), seconds, 2, TILE))
             places = (data.starts[rows] / seconds).round().tolist()
             figures.append(draw_figure(name, segments, [frames.get(i, BLANK) for i in places]))

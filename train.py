@@ -7,7 +7,7 @@
 
 First it prints what trivial predictors score on the validation masks, then a line an epoch. On the
 240 videos of the toy world it takes 2 minutes on one CPU core, and its last line is like
-    lvmae.pt: 120 epochs, validation cosine 0.7743, trivial 0.5976
+    lvmae.pt: 120 epochs, validation cosine 0.7740, trivial 0.5976
 """
 
 import argparse
@@ -64,7 +64,7 @@ def get_args(argv=None):
     add("--epochs", type=int, help="passes over the training videos")
     add("--warmup-epochs", type=float, help="epochs of linear warm-up")
     add("--batch-size", type=int, default=16, help="videos per process and step")
-    add("--base-lr", type=float, help="peak learning rate for 256 videos a step")
+    add("--base-lr", type=float, help="peak rate for 256 videos a step; 16 have a 16th of it")
     add("--weight-decay", type=float, default=0.05, help="of AdamW, not on biases and norms")
     add("--beta1", type=float, default=0.9, help="of AdamW")
     add("--beta2", type=float, default=0.95, help="of AdamW")
@@ -77,6 +77,8 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if args.mask_ratio is None:
         args.mask_ratio = {"random": 0.4, "semantic": 0.5}[args.mask]  # the best of Figure 2
+    if min(args.epochs, args.batch_size, args.max_segments - 1) < 1:
+        parser.error("--epochs and --batch-size must be 1 or more, --max-segments 2 or more")
     if not 0 < args.mask_ratio < 1:
         parser.error(f"--mask-ratio {args.mask_ratio}: must lie between 0 and 1")
     return args
@@ -183,7 +185,7 @@ def train_epoch(net, optimizer, batches, epoch, steps, args, world, device):
 def evaluate(predict, data, batches, args, device):
     """Mean loss of Eq. (3) and mean cosine over the masked segments of the validation videos.
 
-    They are whole, up to --max-segments, and masked alike in every epoch.
+    These are not cropped, except to --max-segments, and masked alike in every epoch.
     """
     sums = torch.zeros(3)  # squared distance, cosine, number of masked segments
     for videos in batches:
@@ -255,12 +257,12 @@ def main(args):
     is_same = total(torch.tensor([done], device=device)).item() == done * world
     require(is_same, f"{args.out}: found different files, expected one that all machines share")
     require(done < args.epochs, f"{args.out}: has all {args.epochs} epochs behind it")
-    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    net = DistributedDataParallel(model) if world > 1 else model
 
     size = sum(p.numel() for p in model.parameters()) / 1e6
     say(f"{videos} videos to train on, {held_out} to validate on")
     say(f"{size:.1f} M parameters on {device}, {steps} steps an epoch")
-    best = 0
+    best = -1
     for name in ("visible mean", "interpolation", "average of both"):
         guess = lambda x, *b, name=name: lvmae.trivial_predictions(x.cpu(), *b)[name]  # noqa: E731
         loss, cosine = evaluate(guess, data, val_batches, args, device)

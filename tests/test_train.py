@@ -156,8 +156,9 @@ def test_presets_and_flags(capsys):
     with pytest.raises(SystemExit):
         train.get_args("--preset paper --help".split())
     assert "layers of the encoder (default: 32)" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(SystemExit):
-        train.get_args(["--mask-ratio", "1.5"])
+    for flags in (["--mask-ratio", "1.5"], ["--batch-size", "0"], ["--max-segments", "1"]):
+        with pytest.raises(SystemExit):
+            train.get_args(flags)
 
 
 def test_biases_and_norms_do_not_decay():
