@@ -107,8 +107,9 @@ def fit(image, preprocess):
 
 
 def decode(path, segment_seconds, frames_per_segment, preprocess):
-    """Yield (segment, RGB frame), those of a segment in time order; last (None, (seconds, note)).
+    """Yield (segment, RGB frame), those of a segment in time order.
 
+    The last item is (None, (seconds decoded, note)): the note says what is wrong, or nothing.
     A segment is cut into frames_per_segment equal slots, and the first frame of each is taken.
     Grabbing all frames is several times faster than seeking, and exact.
     """
@@ -205,7 +206,8 @@ def save(path, **arrays):
                 np.savez(file, **arrays)
             os.replace(half, path)
     finally:
-        half.unlink(missing_ok=True)
+        if half.exists():
+            half.unlink()
 
 
 def main(args):

@@ -12,7 +12,7 @@ The letters in shape comments, here and in the other scripts:
     T tokens of a batch without any padding, H attention heads, G videos of a group, L tokens of its
     longest video. In the decoder, D is its own width.
 
-The other four scripts import this file; it imports none of them.
+The other four scripts import this file; what they share stands at its end: errors, files, devices.
 """
 
 import json
@@ -88,7 +88,7 @@ MASKS = {"random": random_mask, "semantic": semantic_mask}
 def trivial_predictions(embeddings, lengths, is_masked):
     """Guess the masked embeddings without any training: what a model must beat.
 
-    Same arguments as LVMAE.forward, all on the CPU -> {name: (B, N, D)}.
+    Same arguments as LVMAE.forward, all on the CPU -> {name: (B, N, D)}; the masked places count.
     """
     mean, line = torch.zeros_like(embeddings), torch.zeros_like(embeddings)  # (B, N, D)
     for b, n in enumerate(lengths.tolist()):
@@ -117,12 +117,14 @@ def find_groups(is_token, device):
 
     The linear layers see the tokens as one matrix. Only attention must know which of them belong
     together: it runs group by group, each padded to its longest video, and that padding is little.
-    is_token (B, N+1) bool -> rows (T,), the place of each token in the flattened batch, one group
-    after the other, and for each group: the places of its tokens in its own padded rows, the shape
-    (G, L) of these, and is_key (G, 1, 1, L), which of them may be attended to (None: all).
+    is_token (B, N+1) bool -> rows (T,): places of the tokens in the flattened batch, group after
+    group, and a list of groups, each with
+        place: those of its tokens in its own padded rows, flattened
+        shape: (G, L) of these
+        is_key: (G, 1, 1, L), which of them may be attended to; None: all
     """
     count = is_token.sum(1)  # (B,) tokens of each video
-    size_class = (2 * count.double().log2()).ceil()  # the longest is at most sqrt(2) the shortest
+    size_class = (2 * count.double().log2()).ceil()  # longest / shortest is sqrt(2) at most
     rows, groups = [], []
     for size in size_class.unique():  # a loop over groups, not over videos
         is_member = size_class == size  # (B,)
@@ -137,7 +139,8 @@ def find_groups(is_token, device):
 
 def unpack(x, rows, shape):
     """Put tokens to their places in a padded batch: (T, D) -> (*shape, D), zero elsewhere."""
-    return x.new_zeros(*shape, x.shape[1]).flatten(0, 1).index_copy(0, rows, x).unflatten(0, shape)
+    places = x.new_zeros(*shape, x.shape[1]).flatten(0, 1)  # (B * (N+1), D), or (G * L, D)
+    return places.index_copy(0, rows, x).unflatten(0, shape)
 
 
 class Attention(nn.Module):
@@ -183,7 +186,7 @@ def sincos_positions(length, dim):
     return F.pad(positions, (0, 0, 1, 0))[None].float()
 
 
-def first_positions(buffer, N):
+def stored_positions(buffer, N):
     """The stored positions of N segments, or the formula where the video is longer than those."""
     is_longer = N >= buffer.shape[1]  # the buffer has a row for [CLS], too
     return sincos_positions(N, buffer.shape[2]).to(buffer) if is_longer else buffer[:, : N + 1]
@@ -253,7 +256,7 @@ class LVMAE(nn.Module):
         B, N, _ = embeddings.shape
         rows, groups = find_groups(find_tokens(N, lengths, is_masked), embeddings.device)
         x = torch.cat([self.cls_token.expand(B, -1, -1), embeddings * self.input_scale], dim=1)
-        x = x + first_positions(self.pos_embed, N)  # (B, N+1, D)
+        x = x + stored_positions(self.pos_embed, N)  # (B, N+1, D)
         x = x.flatten(0, 1)[rows]  # (T, D)
         for block in self.blocks:
             x = block(x, groups)
@@ -266,7 +269,7 @@ class LVMAE(nn.Module):
         is_hidden = send(F.pad(is_masked, (1, 0)), latents.device).flatten()[rows]  # (T,)
         x = self.decoder_embed(latents.flatten(0, 1)[rows])  # (T, D)
         x = torch.where(is_hidden[:, None], self.mask_token[0], x)
-        x = x + first_positions(self.decoder_pos_embed, N).expand(B, -1, -1).flatten(0, 1)[rows]
+        x = x + stored_positions(self.decoder_pos_embed, N).expand(B, -1, -1).flatten(0, 1)[rows]
         for block in self.decoder_blocks:
             x = block(x, groups)
         x = self.decoder_pred(self.decoder_norm(x)) / self.input_scale  # (T, D)

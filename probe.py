@@ -114,9 +114,9 @@ def match(rows, videos, source):
 
 
 def make_split(found, named, seed, is_class, source):
-    """Split as the labels say; a val or test that they lack is 20 % of each class of train.
+    """Split as the labels say; a val or test that they do not name is 20 % of each class of train.
 
-    `named`: the splits that they have. Returns {"train": indices of videos, "val": .., "test": ..}.
+    `named`: the splits that they name. Returns {"train": indices of videos, "val": .., "test": ..}.
     """
     generator = torch.Generator().manual_seed(seed)
     classes = {}
@@ -142,7 +142,10 @@ def make_split(found, named, seed, is_class, source):
 
 @torch.no_grad()
 def compute_features(data, model, device):
-    """Data whose rows are [CLS] and the segments of each video: (S + V, D). `model` None: raw."""
+    """Data whose rows are [CLS] and the segments of each video: (S + V, D). `model` None: raw.
+
+    Its lengths count [CLS], too.
+    """
     features = [None] * len(data.videos)
     batches = data.lengths.argsort(stable=True).split(32)  # of similar length: little padding
     for videos in tqdm(batches, "features", leave=False, disable=None):
@@ -214,7 +217,7 @@ def selective_scan(x, delta, rate, b, c):
     log_decay = (-rate * delta).cumsum(1).mT  # (B, H, N)
     log_decay = log_decay[..., None] - log_decay[..., None, :]  # (B, H, N, N), at [t, s]
     decay = log_decay.tril().exp().tril()  # no future; the first tril keeps exp from overflowing
-    matrix = (c @ b.mT)[:, None] * decay * delta.mT[:, :, None]  # (B, H, N, N)
+    matrix = (c @ b.mT)[:, None] * decay * delta.mT[:, :, None]  # (B, H, N, N), what s adds to y_t
     return torch.einsum("bhts,bshp->bthp", matrix, x)
 
 

@@ -6,9 +6,9 @@ six steps. Recipes come in pairs, 1a and 1b, 2a and 2b..: same steps, another or
 A bag of segments cannot tell 1a from 1b; the order of the segments can.
 
     python tests/toyworld.py toy/          # toy/videos/ toy/captions.csv toy/clip/
-    python tests/toyworld.py toy/ --run    # and then the five scripts on it, and one table
+    python tests/toyworld.py toy/ --run    # and then every stage on it, and one table
 
-The first ends with a line like "made in 41 s", the second with "the whole took 3.9 minutes".
+The first ends with a line like "made in 45 s", the second with "the whole took 4.7 minutes".
 """
 
 import argparse
@@ -55,7 +55,7 @@ def get_args(argv=None):
     """Read the command line."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to put videos/, captions.csv and clip/")
-    parser.add_argument("--run", action="store_true", help="then run the five scripts on it")
+    parser.add_argument("--run", action="store_true", help="then run every stage on it")
     parser.add_argument("--small", action="store_true", help="a tenth of it, for tests")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     return parser.parse_args(argv)
@@ -164,7 +164,7 @@ def make_videos(folder, count, seed):
 
 
 def run_scripts(folder, epochs, seed):
-    """Run the five scripts on the world as a user would, and print one table of what they found."""
+    """Run every stage on the world as a user would, and print one table of what they found."""
     root = Path(__file__).resolve().parent.parent
     videos, data, ckpt = folder / "videos", folder / "out.npz", folder / "lvmae.pt"
     found = {stage: folder / f"{stage}.json" for stage in ("retrieve", "probe")}
@@ -177,7 +177,7 @@ def run_scripts(folder, epochs, seed):
     ):
         print(f"\n$ python {command}", flush=True)
         script, *flags = shlex.split(command)
-        # Matrices as small as these are multiplied faster by one thread than by two.
+        # One thread trains on matrices as small as these faster than two.
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, root / script, *flags], check=True, env=env)
 
@@ -192,7 +192,7 @@ def run_scripts(folder, epochs, seed):
 
 
 def main(args):
-    """Make the world, and run the five scripts on it if asked to."""
+    """Make the world, and run every stage on it if asked to."""
     start, videos = time.time(), 24 if args.small else 240
     train_clip(args.folder / "clip", 25 if args.small else 250, args.seed)
     accuracy = clip_accuracy(args.folder / "clip", args.seed + 1)
