@@ -36,13 +36,23 @@ import train
 
 def get_args(argv=None):
     """Read the command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("stage", choices=["extract", "train", "probe", "retrieve"])
     parser.add_argument("--rounds", type=int, default=5, help="of extract and train")
-    parser.add_argument("--seconds", type=int, default=180, help="extract: length of the videos")
-    parser.add_argument("--depth", type=int, default=2, help="train: encoder layers; the paper: 32")
-    parser.add_argument("--videos", type=int, default=11_827, help="probe: number of videos")
-    parser.add_argument("--captions", type=int, default=1_000_000, help="retrieve: how many")
+    parser.add_argument(
+        "--seconds", type=int, default=180, help="extract: length of the videos"
+    )
+    parser.add_argument(
+        "--depth", type=int, default=2, help="train: encoder layers; the paper: 32"
+    )
+    parser.add_argument(
+        "--videos", type=int, default=11_827, help="probe: number of videos"
+    )
+    parser.add_argument(
+        "--captions", type=int, default=1_000_000, help="retrieve: how many"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # for peak_memory
     return parser.parse_args(argv)
@@ -50,7 +60,10 @@ def get_args(argv=None):
 
 def timed(work, device, times=3):
     """Seconds that `work` takes on `device`, at best: others use the machine too."""
-    wait, best = torch.cuda.synchronize if device.type == "cuda" else (lambda: None), float("inf")
+    wait, best = (
+        torch.cuda.synchronize if device.type == "cuda" else (lambda: None),
+        float("inf"),
+    )
     for _ in range(times):
         wait()
         begin = time.perf_counter()
@@ -72,9 +85,22 @@ def clock():
 def write_720p(path, seconds):
     """Write a moving, noisy 720p video at 30 fps; h264 with B-frames where ffmpeg is there."""
     if shutil.which("ffmpeg"):
-        source = f"testsrc2=size=1280x720:rate=30:duration={seconds},noise=alls=8:allf=t"
+        source = (
+            f"testsrc2=size=1280x720:rate=30:duration={seconds},noise=alls=8:allf=t"
+        )
         codec = "-c:v libx264 -preset veryfast -bf 3 -g 250 -pix_fmt yuv420p".split()
-        command = ["ffmpeg", "-v", "error", "-y", "-f", "lavfi", "-i", source, *codec, str(path)]
+        command = [
+            "ffmpeg",
+            "-v",
+            "error",
+            "-y",
+            "-f",
+            "lavfi",
+            "-i",
+            source,
+            *codec,
+            str(path),
+        ]
         subprocess.run(command, check=True)
         return "h264 with B-frames, from ffmpeg"
     noise = np.random.default_rng(0).integers(0, 256, (90, 320, 3), np.uint8)
@@ -99,21 +125,34 @@ def bench_extract(args):
         kind = write_720p(Path(folder) / videos[0], seconds)
         for video in videos[1:]:
             shutil.copy(Path(folder) / videos[0], Path(folder) / video)
-        print(f"{n_videos} videos of {seconds} s, 720p, {kind}; ViT-B-32, 8 frames a segment, "
-              f"{torch.get_num_threads()} threads")
+        print(
+            f"{n_videos} videos of {seconds} s, 720p, {kind}; ViT-B-32, 8 frames a segment, "
+            f"{torch.get_num_threads()} threads"
+        )
         costs = {"grab": [], "decode": [], "encode": [], "extract": []}
-        for _ in range(rounds):  # alternating, so that a busy machine disturbs all of them alike
-            os.environ.pop("OPENCV_FFMPEG_CAPTURE_OPTIONS", None)  # decode() leaves nonref there
+        for _ in range(
+            rounds
+        ):  # alternating, so that a busy machine disturbs all of them alike
+            os.environ.pop(
+                "OPENCV_FFMPEG_CAPTURE_OPTIONS", None
+            )  # decode() leaves nonref there
             begin = clock()
-            for video in videos:  # what `ffmpeg -i video -f null -` does, with default threads
+            for (
+                video
+            ) in videos:  # what `ffmpeg -i video -f null -` does, with default threads
                 capture = cv2.VideoCapture(str(Path(folder) / video), cv2.CAP_FFMPEG)
                 while capture.grab():
                     pass
             costs["grab"].append(clock() - begin)
             begin = clock()
-            frames = [frame for video in videos for segment, frame
-                      in extract.decode(str(Path(folder) / video), 5.0, 8, preprocess)
-                      if segment is not None]
+            frames = [
+                frame
+                for video in videos
+                for segment, frame in extract.decode(
+                    str(Path(folder) / video), 5.0, 8, preprocess
+                )
+                if segment is not None
+            ]
             costs["decode"].append(clock() - begin)
             begin = clock()
             for i in range(0, len(frames), 16):
@@ -127,10 +166,16 @@ def bench_extract(args):
     for name, w, c in zip(costs, wall, cpu, strict=True):
         print(f"{name:8} {w:7.1f} s wall {c:7.1f} s CPU")
     print(f"decode / grab only, CPU           {cpu[1] / cpu[0]:.2f}  (at most 0.70)")
-    print(f"extract / (decode + encode), CPU  {cpu[3] / (cpu[1] + cpu[2]):.2f}  (at most 1.10)")
-    print(f"extract / max(decode, encode), wall  {wall[3] / wall[1:3].max():.2f}  "
-          "(at most 1.15 with a GPU or spare cores)")
-    print(f"{n_segments / wall[3]:.1f} segments/s, {n_videos * seconds / wall[3]:.1f} x real time")
+    print(
+        f"extract / (decode + encode), CPU  {cpu[3] / (cpu[1] + cpu[2]):.2f}  (at most 1.10)"
+    )
+    print(
+        f"extract / max(decode, encode), wall  {wall[3] / wall[1:3].max():.2f}  "
+        "(at most 1.15 with a GPU or spare cores)"
+    )
+    print(
+        f"{n_segments / wall[3]:.1f} segments/s, {n_videos * seconds / wall[3]:.1f} x real time"
+    )
 
 
 # ---- train --------------------------------------------------------------------------------------
@@ -142,7 +187,12 @@ def paper_lengths(videos, generator):
     """Lengths like the paper's data: 60 % near 24 segments, 30 % near 56, 10 % at 256."""
     kind = torch.rand(videos, generator=generator)
     spread = torch.randn(videos, generator=generator)
-    lengths = torch.where(kind < 0.6, 24 + 4 * spread, 56 + 8 * spread).round().long().clamp(2, 256)
+    lengths = (
+        torch.where(kind < 0.6, 24 + 4 * spread, 56 + 8 * spread)
+        .round()
+        .long()
+        .clamp(2, 256)
+    )
     return torch.where(kind < 0.9, lengths, 256)
 
 
@@ -154,20 +204,31 @@ class PaddedMAE(torch.nn.Module):
 
         def layers(width, number):
             make = torch.nn.TransformerEncoderLayer
-            options = dict(dropout=0, activation="gelu", batch_first=True, norm_first=True)
-            return torch.nn.ModuleList(make(width, 16, 4 * width, **options) for _ in range(number))
+            options = dict(
+                dropout=0, activation="gelu", batch_first=True, norm_first=True
+            )
+            return torch.nn.ModuleList(
+                make(width, 16, 4 * width, **options) for _ in range(number)
+            )
 
-        self.blocks, self.decoder_blocks = layers(dim, depth), layers(512, decoder_depth)
+        self.blocks, self.decoder_blocks = (
+            layers(dim, depth),
+            layers(512, decoder_depth),
+        )
         self.embed, self.pred = torch.nn.Linear(dim, 512), torch.nn.Linear(512, dim)
         self.mask_token = torch.nn.Parameter(torch.zeros(512))
         self.register_buffer("positions", model.sincos_positions(256, dim)[0, 1:])
-        self.register_buffer("decoder_positions", model.sincos_positions(256, 512)[0, 1:])
+        self.register_buffer(
+            "decoder_positions", model.sincos_positions(256, 512)[0, 1:]
+        )
 
     def forward(self, embeddings, lengths, is_masked):
         x = F.pad(embeddings, (0, 0, 0, 256 - embeddings.shape[1]))  # (B, 256, D)
         is_masked = F.pad(is_masked, (0, 256 - is_masked.shape[1])).to(x.device)
         is_padding = torch.arange(256, device=x.device) >= lengths.to(x.device)[:, None]
-        order = (is_masked | is_padding).long().argsort(dim=1, stable=True)  # visible ones first
+        order = (
+            (is_masked | is_padding).long().argsort(dim=1, stable=True)
+        )  # visible ones first
         spread = order[..., None].expand_as(x)
         z = (x * x.shape[2] ** 0.5 + self.positions).gather(1, spread)
         is_hidden = (is_masked | is_padding).gather(1, order)
@@ -189,7 +250,10 @@ def make_step(net, args, device):
 
     def step(lengths, generator):
         x = torch.randn(len(lengths), int(lengths.max()), 1024, generator=generator)
-        x = F.normalize(x, dim=2) * (torch.arange(x.shape[1]) < lengths[:, None])[..., None]
+        x = (
+            F.normalize(x, dim=2)
+            * (torch.arange(x.shape[1]) < lengths[:, None])[..., None]
+        )
         is_masked = model.random_mask(x, lengths, 0.5, generator)
         x = x.to(device)
         return timed(lambda: train_once(x, lengths, is_masked), device)
@@ -215,8 +279,18 @@ def flops(lengths, depth, decoder_depth):
 
 def peak_memory(kind, args):
     """Peak memory in GiB of one step in a process of its own."""
-    command = [sys.executable, __file__, "train", "--only", kind, "--depth", str(args.depth)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    command = [
+        sys.executable,
+        __file__,
+        "train",
+        "--only",
+        kind,
+        "--depth",
+        str(args.depth),
+    ]
+    return float(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    )
 
 
 def bench_train(args):
@@ -240,12 +314,16 @@ def bench_train(args):
             status = Path("/proc/self/status").read_text()
             print(int(status.split("VmHWM:")[1].split()[0]) / 2**20)
         return
-    ours, padded = (make_step(make[kind]().to(device), args, device) for kind in ("ours", "padded"))
+    ours, padded = (
+        make_step(make[kind]().to(device), args, device) for kind in ("ours", "padded")
+    )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = (torch.randn(n, 1024, device=device, dtype=dtype) for n in (512, 4096))
 
     print(f"D 1024, {args.depth} + {decoder_depth} layers, 16 videos a step, {device}")
-    columns = {name: [] for name in ("ragged / equal lengths", "of a matmul", "padded / ours")}
+    columns = {
+        name: [] for name in ("ragged / equal lengths", "of a matmul", "padded / ours")
+    }
     seconds = []
     for count in range(args.rounds + 1):
         lengths = paper_lengths(16, generator)
@@ -256,7 +334,9 @@ def bench_train(args):
         if count == 0:  # warm-up
             continue
         per_token = ragged_time / lengths.sum().item()
-        columns["ragged / equal lengths"].append(per_token / (equal_time / equal.sum().item()))
+        columns["ragged / equal lengths"].append(
+            per_token / (equal_time / equal.sum().item())
+        )
         speed = flops(lengths, args.depth, decoder_depth) / ragged_time
         columns["of a matmul"].append(speed / (2 * 512 * 4096 * 1024 / matmul_time))
         columns["padded / ours"].append(padded_time / ragged_time)
@@ -275,7 +355,9 @@ def bench_train(args):
     first = lengths.cumsum(0) - lengths
     data = model.Data("", rows, lengths, first, None, [""] * 160, [], {})
     options = train.get_args([])
-    batches = train.training_batches(data, torch.arange(160), options, 1, 10, slice(None))
+    batches = train.training_batches(
+        data, torch.arange(160), options, 1, 10, slice(None)
+    )
     batches = model.prefetch(batches, 1)
     net = model.LVMAE(config).to(device)
     waited, begin = 0.0, time.perf_counter()
@@ -288,7 +370,9 @@ def bench_train(args):
     # Half of each video on average: crops are uniform between 2 segments and all.
     tokens = 70_000 * 150 * (0.6 * 24 + 0.3 * 56 + 0.1 * 256) / 2
     hours = tokens * statistics.median(seconds) * 32 / args.depth / 3600
-    print(f"70,000 videos, 150 epochs, 32 + 8 layers, on this machine: {hours:,.0f} hours")
+    print(
+        f"70,000 videos, 150 epochs, 32 + 8 layers, on this machine: {hours:,.0f} hours"
+    )
 
 
 # ---- probe --------------------------------------------------------------------------------------
@@ -338,7 +422,9 @@ def bench_retrieve(args):
             q @ block.float().T
 
     seconds = {"matmul": 0.0, "search": 0.0}
-    for q, t in zip(Q.split(1024), truth.split(1024), strict=True):  # in turns: machines are noisy
+    for q, t in zip(
+        Q.split(1024), truth.split(1024), strict=True
+    ):  # in turns: machines are noisy
         begin = time.perf_counter()
         multiply(q)
         seconds["matmul"] += time.perf_counter() - begin
@@ -348,7 +434,9 @@ def bench_retrieve(args):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{queries:,} queries, {len(C):,} captions of size {dim}, top {top_k}")
     print(f"matmul {seconds['matmul']:.1f} s, search {seconds['search']:.1f} s")
-    print(f"search / matmul  {seconds['search'] / seconds['matmul']:.2f}  (at most 1.30)")
+    print(
+        f"search / matmul  {seconds['search'] / seconds['matmul']:.2f}  (at most 1.30)"
+    )
     print(f"peak memory {peak:.1f} GiB")
 
 

@@ -39,7 +39,9 @@ def write_video(path, seconds, fps=10, seed=0, size=(48, 32)):
     colour = np.random.default_rng(seed).integers(40, 200, 3)
     for i in range(round(seconds * fps)):
         image = np.full((size[1], size[0], 3), colour + 30 * np.sin(i / 40), np.uint8)
-        cv2.circle(image, (i % size[0], (seed + 1) * i // 3 % size[1]), 6, (255, 255, 0), -1)
+        cv2.circle(
+            image, (i % size[0], (seed + 1) * i // 3 % size[1]), 6, (255, 255, 0), -1
+        )
         writer.write(image)
     writer.release()
     return path
@@ -51,7 +53,9 @@ def write_clip(folder, seed=0, vision=CONFIG["vision_cfg"], **preprocess):
     torch.manual_seed(seed)
     model_config = CONFIG | {"vision_cfg": vision}
     model = open_clip.CLIP(**model_config)
-    safetensors.torch.save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    safetensors.torch.save_file(
+        model.state_dict(), folder / "open_clip_model.safetensors"
+    )
     config = {"model_cfg": model_config, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     return folder
@@ -100,7 +104,9 @@ def test_segments_and_tails(tmp_path, clip):
         write_video(tmp_path / "v" / f"{i}.mp4", length)
     data = run(tmp_path / "v", tmp_path / "out.npz", clip)
     assert data["lengths"].tolist() == list(seconds.values())
-    assert data["starts"].tolist() == [5 * i for n in seconds.values() for i in range(n)]
+    assert data["starts"].tolist() == [
+        5 * i for n in seconds.values() for i in range(n)
+    ]
     assert data["embeddings"].dtype == np.float16 and data["starts"].dtype == np.float32
     norms = np.linalg.norm(data["embeddings"].astype(float), axis=1)
     np.testing.assert_allclose(norms, 1, atol=1e-3)
@@ -125,10 +131,18 @@ def test_any_folder(tmp_path, clip, capsys):
     (folder / "notes.txt").write_text("not touched")
     (folder / "head.mp4").write_bytes((folder / "x" / "clip.mp4").read_bytes()[:3000])
     os.mkfifo(folder / "pipe.mp4")
-    bad = {"clip.mp4": "not a readable", "empty.mp4": "empty", "gone.mp4": "not a readable",
-           "head.mp4": "no video", "pipe.mp4": "not a readable", "text.mp4": "no video"}
+    bad = {
+        "clip.mp4": "not a readable",
+        "empty.mp4": "empty",
+        "gone.mp4": "not a readable",
+        "head.mp4": "no video",
+        "pipe.mp4": "not a readable",
+        "text.mp4": "no video",
+    }
     if sys.platform == "linux":
-        (folder / os.fsdecode(b"\xff.mp4")).write_bytes((folder / "x" / "clip.mp4").read_bytes())
+        (folder / os.fsdecode(b"\xff.mp4")).write_bytes(
+            (folder / "x" / "clip.mp4").read_bytes()
+        )
         bad["\\udcff.mp4"] = "not a readable file with a UTF-8 name"
     data = run(folder, tmp_path / "out.npz", clip)
     assert data["videos"].tolist() == sorted([*good, "linked/far.avi"])
@@ -165,7 +179,11 @@ class Liar:
         if self.is_flaky and self.n % 4:
             return False
         is_good = self.real.grab()
-        while is_good and self.has_nonref and self.get(cv2.CAP_PROP_POS_MSEC) // 1000 in self.lost:
+        while (
+            is_good
+            and self.has_nonref
+            and self.get(cv2.CAP_PROP_POS_MSEC) // 1000 in self.lost
+        ):
             is_good = self.real.grab()
         return is_good
 
@@ -173,7 +191,9 @@ class Liar:
         """Tell a lie or the truth."""
         value = self.real.get(key)
         if key == cv2.CAP_PROP_POS_MSEC:
-            return {"true": value, "zero": 0.0, "jump": value % 3000, "inf": np.inf}[self.stamps]
+            return {"true": value, "zero": 0.0, "jump": value % 3000, "inf": np.inf}[
+                self.stamps
+            ]
         return self.header.get(key, value)
 
     def retrieve(self):
@@ -206,7 +226,10 @@ def test_lies(tmp_path, clip, monkeypatch, lie):
     assert_equal(run(tmp_path / "v", tmp_path / "out.npz", clip), truth)
     preprocess = {"size": 32, "resize_mode": "squash", "fill_color": 0}
     frames = list(extract.decode(str(tmp_path / "v" / "a.avi"), 5.0, 8, preprocess))
-    assert len(frames) == 3 * 8 + 1 and frames[-1][1] == (pytest.approx(15, abs=0.1), "")
+    assert len(frames) == 3 * 8 + 1 and frames[-1][1] == (
+        pytest.approx(15, abs=0.1),
+        "",
+    )
 
 
 def test_half_a_video_is_kept_and_named(tmp_path, clip, capsys):
@@ -226,12 +249,16 @@ def test_fuzz(tmp_path, clip):
         for i in range(70):
             data = np.frombuffer(whole, np.uint8).copy()
             if i % 3 == 0:  # flips
-                where = rng.integers(0, len(data) if i % 2 else 2000, rng.integers(1, 300))
+                where = rng.integers(
+                    0, len(data) if i % 2 else 2000, rng.integers(1, 300)
+                )
                 data[where] = rng.integers(0, 256, len(where))
             elif i % 3 == 1:  # truncations
                 data = data[: rng.integers(1, len(data))]
             else:  # chunks in another order
-                data = np.concatenate([np.array_split(data, 8)[k] for k in rng.permutation(8)])
+                data = np.concatenate(
+                    [np.array_split(data, 8)[k] for k in rng.permutation(8)]
+                )
             path = tmp_path / "bad" / f"{i}{suffix}"
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(data.tobytes())
@@ -251,7 +278,9 @@ def test_ranks(tmp_path, clip, four, monkeypatch, capsys):
     """Processes lose a video, take one twice, write too early, or write something else."""
     alone = run(four, tmp_path / "alone.npz", clip)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    args = extract.get_args([str(four), str(tmp_path / "out.npz"), "--model", str(clip)])
+    args = extract.get_args(
+        [str(four), str(tmp_path / "out.npz"), "--model", str(clip)]
+    )
     for rank in "20":
         monkeypatch.setenv("RANK", rank)
         extract.main(args)
@@ -273,13 +302,17 @@ def test_killed_anywhere(tmp_path, clip, four, monkeypatch):
     for n in range(5):  # stopped after n moves; the fifth would move out.npz itself
         out.unlink(missing_ok=True)
         moves = [replace] * n + [stop]
-        monkeypatch.setattr(os, "replace", lambda *paths, moves=moves: moves.pop(0)(*paths))
+        monkeypatch.setattr(
+            os, "replace", lambda *paths, moves=moves: moves.pop(0)(*paths)
+        )
         with pytest.raises(KeyboardInterrupt):
             run(four, out, clip)
         assert not out.exists() and len(list(tmp_path.glob("out.npz.parts/*.npz"))) == n
         decoded = []
         monkeypatch.setattr(os, "replace", replace)
-        monkeypatch.setattr(extract, "decode", lambda *a, to=decoded: to.append(a) or decode(*a))
+        monkeypatch.setattr(
+            extract, "decode", lambda *a, to=decoded: to.append(a) or decode(*a)
+        )
         assert_equal(run(four, out, clip), expected)
         assert len(decoded) == 4 - n
         assert files_below(tmp_path) == ["out.npz", "whole.npz"]
@@ -298,15 +331,25 @@ extract.main(extract.get_args())
 
 def test_sigkill(tmp_path, clip, four):
     """A process killed for real in the middle of a write leaves damage; FFmpeg chatters."""
-    videos, out, root = tmp_path / "v", tmp_path / "out.npz", Path(extract.__file__).parent
-    whole = shutil.copy(four / "a.mp4", shutil.copytree(four, videos) / "0.mp4").read_bytes()
+    videos, out, root = (
+        tmp_path / "v",
+        tmp_path / "out.npz",
+        Path(extract.__file__).parent,
+    )
+    whole = shutil.copy(
+        four / "a.mp4", shutil.copytree(four, videos) / "0.mp4"
+    ).read_bytes()
     (videos / "0.mp4").write_bytes(whole[:2000] + b"damage" * 99 + whole[2594:])
     command = [sys.executable, "-c", KILL, str(videos), str(out), "--model", str(clip)]
     killed = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL and not out.exists()
-    assert [path.suffix for path in sorted(tmp_path.glob("*.parts/*"))].count(".half") == 1
+    assert [path.suffix for path in sorted(tmp_path.glob("*.parts/*"))].count(
+        ".half"
+    ) == 1
     said = re.split(r"[\r\n]+", killed.stderr)
-    assert [line for line in said if line and "video" not in line] == []  # only the progress bar
+    assert [
+        line for line in said if line and "video" not in line
+    ] == []  # only the progress bar
     assert_equal(run(videos, out, clip), run(videos, tmp_path / "whole.npz", clip))
 
 
@@ -317,7 +360,9 @@ def test_changes_are_not_mixed_in(tmp_path, clip, four, monkeypatch):
     weights = write_clip(tmp_path / "other", seed=1) / "open_clip_model.safetensors"
     clip = shutil.copytree(clip, tmp_path / "clip")
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # as if killed before
+        patch.setattr(
+            shutil, "rmtree", lambda *args, **kwargs: None
+        )  # as if killed before
         run(videos, tmp_path / "out.npz", clip, "--frames", "2")
         run(videos, tmp_path / "out.npz", clip)
     weights.replace(clip / weights.name)  # the same folder, another encoder
@@ -333,7 +378,9 @@ def test_changes_are_not_mixed_in(tmp_path, clip, four, monkeypatch):
 def test_full_disk(tmp_path, clip, four, monkeypatch):
     """A full disk ends in a traceback, fills up with half files, or costs what was done."""
     whole, savez = run(four, tmp_path / "whole.npz", clip), np.savez
-    args = extract.get_args([str(four), str(tmp_path / "out.npz"), "--model", str(clip)])
+    args = extract.get_args(
+        [str(four), str(tmp_path / "out.npz"), "--model", str(clip)]
+    )
 
     def fill_disk(file, **arrays):
         file.write(b"half")
@@ -342,9 +389,13 @@ def test_full_disk(tmp_path, clip, four, monkeypatch):
     for n in (2, 2):  # the second time it is the npz itself that does not fit
         writes = [savez] * n + [fill_disk]
         monkeypatch.setattr(np, "savez", lambda *a, to=writes, **k: to.pop(0)(*a, **k))
-        with pytest.raises(SystemExit, match="No space left on device.*the same command goes on"):
+        with pytest.raises(
+            SystemExit, match="No space left on device.*the same command goes on"
+        ):
             extract.main(args)
-        assert len(list(tmp_path.glob("*/*.npz"))) >= n and not list(tmp_path.glob("*/*.half"))
+        assert len(list(tmp_path.glob("*/*.npz"))) >= n and not list(
+            tmp_path.glob("*/*.half")
+        )
     monkeypatch.setattr(np, "savez", savez)
     assert_equal(run(four, tmp_path / "out.npz", clip), whole)
 
@@ -359,19 +410,34 @@ def test_place_in_the_batch(tmp_path, clip, four):
         data = run(tmp_path / str(i), tmp_path / f"{i}.npz", clip)
         rows = slice(all_four["lengths"][:i].sum(), all_four["lengths"][: i + 1].sum())
         np.testing.assert_array_equal(data["embeddings"], all_four["embeddings"][rows])
-    for size in ("1", "7", "500"):  # another batch size may differ in the last bits only
+    for size in (
+        "1",
+        "7",
+        "500",
+    ):  # another batch size may differ in the last bits only
         data = run(four, tmp_path / "out.npz", clip, "--batch-size", size)
-        np.testing.assert_allclose(data["embeddings"], all_four["embeddings"], atol=1e-3)
+        np.testing.assert_allclose(
+            data["embeddings"], all_four["embeddings"], atol=1e-3
+        )
 
 
 def natural(rng, height, width):
     """Draw something with the smoothness of a photograph, and edges."""
-    image = sum(cv2.resize(rng.normal(0, n**-0.7, (n, n, 3)), (width, height), interpolation=2)
-                for n in (2, 4, 8, 16, 32, 64, 128, 256))
-    image = np.clip(127 + 60 * image + rng.normal(0, 12, image.shape), 0, 255).astype(np.uint8)
+    image = sum(
+        cv2.resize(rng.normal(0, n**-0.7, (n, n, 3)), (width, height), interpolation=2)
+        for n in (2, 4, 8, 16, 32, 64, 128, 256)
+    )
+    image = np.clip(127 + 60 * image + rng.normal(0, 12, image.shape), 0, 255).astype(
+        np.uint8
+    )
     for _ in range(6):
-        corner, colour = rng.integers(0, (width, height)), rng.integers(0, 256, 3).tolist()
-        cv2.circle(image, corner.tolist(), int(rng.integers(5, height // 3)), colour, -1)
+        corner, colour = (
+            rng.integers(0, (width, height)),
+            rng.integers(0, 256, 3).tolist(),
+        )
+        cv2.circle(
+            image, corner.tolist(), int(rng.integers(5, height // 3)), colour, -1
+        )
     return image
 
 
@@ -390,13 +456,17 @@ def test_frames_as_open_clip_sees_them(tmp_path, mode):
     images = [natural(rng, *size) for size in sizes]
     frames = [extract.fit(image, preprocess) for image in images]
     ours = extract.embed(frames, model, preprocess, 16)
-    theirs = torch.stack([transform(Image.fromarray(image[:, :, ::-1])) for image in images])
+    theirs = torch.stack(
+        [transform(Image.fromarray(image[:, :, ::-1])) for image in images]
+    )
     theirs = torch.nn.functional.normalize(model.encode_image(theirs), dim=1).detach()
     mean = theirs.mean(dim=0)
     cosine = torch.cosine_similarity(ours - mean, theirs - mean)
     assert cosine.mean() > 0.9995 and cosine.min() > 0.998, cosine
     for n in (1, 2, 3):  # to the last bit, however full the batch is
-        assert torch.equal(extract.embed(frames[:n], model, preprocess, 16)[:n], ours[:n])
+        assert torch.equal(
+            extract.embed(frames[:n], model, preprocess, 16)[:n], ours[:n]
+        )
 
 
 def test_no_weights(tmp_path, clip, monkeypatch, capfd, caplog):
@@ -408,7 +478,9 @@ def test_no_weights(tmp_path, clip, monkeypatch, capfd, caplog):
         raise OSError
 
     monkeypatch.setattr("socket.create_connection", offline)
-    monkeypatch.setattr("time.sleep", waited.append)  # huggingface_hub sleeps between its retries
+    monkeypatch.setattr(
+        "time.sleep", waited.append
+    )  # huggingface_hub sleeps between its retries
     monkeypatch.setattr(extract, "getproxies", dict)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
@@ -416,8 +488,12 @@ def test_no_weights(tmp_path, clip, monkeypatch, capfd, caplog):
     shutil.copy(clip / "open_clip_config.json", tmp_path / "config-only")
     (tmp_path / "broken.pt").write_bytes(b"broken")
     for model, weights in [
-        ("ViT-B-32", "datacomp_xl_s13b_b90k"), ("ViT-B-32", "no-such-tag"), ("nothing", "openai"),
-        (tmp_path / "config-only", ""), (tmp_path, ""), ("ViT-B-32", tmp_path / "broken.pt"),
+        ("ViT-B-32", "datacomp_xl_s13b_b90k"),
+        ("ViT-B-32", "no-such-tag"),
+        ("nothing", "openai"),
+        (tmp_path / "config-only", ""),
+        (tmp_path, ""),
+        ("ViT-B-32", tmp_path / "broken.pt"),
     ]:
         with pytest.raises(SystemExit) as stop:
             extract.load_encoder(str(model), str(weights), torch.device("cpu"))
@@ -439,7 +515,11 @@ def test_encoder_that_gives_nan(tmp_path, clip, four, monkeypatch, capsys):
 
 def test_flags(tmp_path, capsys):
     """Impossible values end in a traceback; the help forgets a default."""
-    for flags in (["--frames", "0"], ["--segment-seconds", "0"], ["--segment-seconds", "nan"]):
+    for flags in (
+        ["--frames", "0"],
+        ["--segment-seconds", "0"],
+        ["--segment-seconds", "nan"],
+    ):
         with pytest.raises(SystemExit, match="expected --frames and"):
             extract.main(extract.get_args([str(tmp_path), "out.npz", *flags]))
     with pytest.raises(SystemExit):

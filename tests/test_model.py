@@ -23,17 +23,23 @@ D, LENGTHS = 24, torch.tensor([2, 9, 32, 9, 5, 20])
 
 
 def make_model(**changes):
-    sizes = dict(dim=D, depth=2, heads=4, decoder_dim=16, decoder_depth=2, decoder_heads=2)
+    sizes = dict(
+        dim=D, depth=2, heads=4, decoder_dim=16, decoder_depth=2, decoder_heads=2
+    )
     torch.manual_seed(0)
     model = LVMAE(LVMAEConfig(**sizes | dict(max_segments=32) | changes)).double()
-    for p in model.parameters():  # biases start at zero, where a forgotten one would not show
+    for p in (
+        model.parameters()
+    ):  # biases start at zero, where a forgotten one would not show
         torch.nn.init.normal_(p, std=0.2)
     return model
 
 
 def make_batch(lengths=LENGTHS, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(len(lengths), int(lengths.max()), D, generator=generator, dtype=torch.double)
+    x = torch.randn(
+        len(lengths), int(lengths.max()), D, generator=generator, dtype=torch.double
+    )
     is_segment = torch.arange(x.shape[1]) < lengths[:, None]
     return F.normalize(x, dim=2) * is_segment[..., None]
 
@@ -66,7 +72,9 @@ def reference(model, embeddings, lengths, is_masked):
     for video, n, masked in zip(embeddings, lengths.tolist(), is_masked, strict=True):
         visible = [i for i in range(n) if not masked[i]]
         tokens = [model.cls_token[0, 0]]
-        tokens += [video[i] * scale + reference_position(i, config.dim) for i in visible]
+        tokens += [
+            video[i] * scale + reference_position(i, config.dim) for i in visible
+        ]
         x = torch.stack(tokens)
         for block in model.blocks:
             x = reference_block(block, x, config.heads)
@@ -89,14 +97,18 @@ def reference(model, embeddings, lengths, is_masked):
 
 
 @pytest.mark.parametrize("input_scale", [None, 1.0])
-@pytest.mark.parametrize("lengths", [LENGTHS, torch.tensor([8, 8, 8])], ids=["ragged", "equal"])
+@pytest.mark.parametrize(
+    "lengths", [LENGTHS, torch.tensor([8, 8, 8])], ids=["ragged", "equal"]
+)
 @pytest.mark.parametrize("mask", [random_mask, semantic_mask])
 def test_equals_reference_forward_and_gradients(lengths, mask, input_scale):
     """Catches errors of packing, grouping, key masks, positions, scale, loss and gradients."""
     model, embeddings = make_model(input_scale=input_scale), make_batch(lengths)
     is_masked = mask(embeddings, lengths, 0.5, torch.Generator().manual_seed(1))
     loss, predictions = model(embeddings, lengths, is_masked)
-    expected_loss, expected_latents, expected = reference(model, embeddings, lengths, is_masked)
+    expected_loss, expected_latents, expected = reference(
+        model, embeddings, lengths, is_masked
+    )
     torch.testing.assert_close(loss, expected_loss)
     latents = model.encode(embeddings, lengths, is_masked)
     for b, n in enumerate(lengths.tolist()):
@@ -104,8 +116,13 @@ def test_equals_reference_forward_and_gradients(lengths, mask, input_scale):
         assert not predictions[b, n:].any()
         is_visible = ~is_masked[b, :n]
         torch.testing.assert_close(latents[b, 0], expected_latents[b][0])
-        torch.testing.assert_close(latents[b, 1 : n + 1][is_visible], expected_latents[b][1:])
-        assert not latents[b, 1 : n + 1][~is_visible].any() and not latents[b, n + 1 :].any()
+        torch.testing.assert_close(
+            latents[b, 1 : n + 1][is_visible], expected_latents[b][1:]
+        )
+        assert (
+            not latents[b, 1 : n + 1][~is_visible].any()
+            and not latents[b, n + 1 :].any()
+        )
     parameters = dict(model.named_parameters())
     ours = torch.autograd.grad(loss, parameters.values())
     theirs = torch.autograd.grad(expected_loss, parameters.values())
@@ -119,7 +136,8 @@ def test_nothing_of_a_masked_embedding_reaches_the_model():
     is_masked = random_mask(embeddings, LENGTHS, 0.5)
     changed = torch.where(is_masked[..., None], 7.0, embeddings)
     assert torch.equal(
-        model.encode(embeddings, LENGTHS, is_masked), model.encode(changed, LENGTHS, is_masked)
+        model.encode(embeddings, LENGTHS, is_masked),
+        model.encode(changed, LENGTHS, is_masked),
     )
     assert torch.equal(
         model(embeddings, LENGTHS, is_masked)[1], model(changed, LENGTHS, is_masked)[1]
@@ -133,7 +151,9 @@ def test_every_visible_segment_is_seen():
         for i in range(n):
             changed = embeddings.clone()
             changed[b, i] *= -1
-            before, after = (model.encode(x, LENGTHS)[b, 0] for x in (embeddings, changed))
+            before, after = (
+                model.encode(x, LENGTHS)[b, 0] for x in (embeddings, changed)
+            )
             assert (before - after).abs().max() > 1e-4, (b, i)
 
 
@@ -144,7 +164,9 @@ def test_padding_and_neighbours_change_nothing():
     wide = F.pad(embeddings, (0, 0, 0, 11), value=3.0)
     torch.testing.assert_close(model.encode(wide, LENGTHS)[:, :33], latents)
     order = torch.tensor([3, 0, 5])
-    torch.testing.assert_close(model.encode(embeddings[order], LENGTHS[order]), latents[order])
+    torch.testing.assert_close(
+        model.encode(embeddings[order], LENGTHS[order]), latents[order]
+    )
 
 
 def test_longer_than_max_segments_follows_the_formula():
@@ -152,7 +174,9 @@ def test_longer_than_max_segments_follows_the_formula():
     lengths = torch.tensor([1080])
     embeddings = make_batch(lengths)
     short, long = make_model(max_segments=32), make_model(max_segments=1080)
-    torch.testing.assert_close(short.encode(embeddings, lengths), long.encode(embeddings, lengths))
+    torch.testing.assert_close(
+        short.encode(embeddings, lengths), long.encode(embeddings, lengths)
+    )
     last = sincos_positions(1080, D)[0, 1080].double()
     torch.testing.assert_close(last, reference_position(1079, D), atol=1e-6, rtol=0)
 
@@ -195,7 +219,8 @@ def test_random_mask_is_uniform_and_repeatable():
     lengths = torch.full((2000,), 10)
     embeddings = torch.zeros(2000, 10, 1)
     is_masked, again = (
-        random_mask(embeddings, lengths, 0.4, torch.Generator().manual_seed(3)) for _ in range(2)
+        random_mask(embeddings, lengths, 0.4, torch.Generator().manual_seed(3))
+        for _ in range(2)
     )
     assert torch.equal(is_masked, again)
     share = is_masked.float().mean(0)
@@ -226,7 +251,9 @@ def test_trivial_predictions_by_hand():
 
 def write_npz(path, **changes):
     embeddings = F.normalize(torch.randn(7, D), dim=1).half().numpy()
-    arrays = dict(embeddings=embeddings, lengths=np.array([3, 4]), videos=np.array(["a", "b"]))
+    arrays = dict(
+        embeddings=embeddings, lengths=np.array([3, 4]), videos=np.array(["a", "b"])
+    )
     arrays |= changes
     np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
     return str(path)
@@ -236,10 +263,14 @@ def test_load_and_pad(tmp_path):
     """Catches rows that go to the wrong video, and optional keys that are not optional."""
     data = load_data(write_npz(tmp_path / "x.npz"))
     batch = pad(data.embeddings, data.first, data.lengths)
-    assert torch.equal(batch[0, :3], data.embeddings[:3].float()) and not batch[0, 3].any()
+    assert (
+        torch.equal(batch[0, :3], data.embeddings[:3].float()) and not batch[0, 3].any()
+    )
     assert torch.equal(batch[1], data.embeddings[3:].float())
     assert data.starts.tolist() == [0, 5, 10, 0, 5, 10, 15] and data.labels == ["", ""]
-    data = load_data(write_npz(tmp_path / "x.npz", meta=np.array('{"segment_seconds": 2}')))
+    data = load_data(
+        write_npz(tmp_path / "x.npz", meta=np.array('{"segment_seconds": 2}'))
+    )
     assert data.starts.tolist() == [0, 2, 4, 0, 2, 4, 6]
 
 
@@ -263,7 +294,10 @@ NAN_ROW = np.where(np.arange(7)[:, None] == 4, np.nan, np.eye(7, D))
         (dict(lengths=np.array([3.0, 4.0])), "'lengths'.*float64"),
         (dict(videos=np.array(["a"])), r"'videos'.*\(1,\)"),
         (dict(videos=np.array(["a", "a"])), "'videos'.*twice"),
-        (dict(videos=np.array(["a", "b"], dtype=object)), "Object arrays.*expected an npz"),
+        (
+            dict(videos=np.array(["a", "b"], dtype=object)),
+            "Object arrays.*expected an npz",
+        ),
         (dict(starts=np.zeros(3)), r"'starts'.*\(3,\)"),
         (dict(labels=np.array(["a"])), r"'labels'.*\(1,\)"),
         (dict(starts=np.full(7, np.nan)), "'starts'.*finite"),
@@ -285,7 +319,11 @@ def test_files_that_are_no_npz(tmp_path):
     (tmp_path / "empty.npz").write_text("")
     with open(tmp_path / "array.npz", "wb") as file:
         np.save(file, np.eye(3))  # one array alone, as in a .npy
-    whole = (tmp_path / "whole.npz").read_bytes() if write_npz(tmp_path / "whole.npz") else b""
+    whole = (
+        (tmp_path / "whole.npz").read_bytes()
+        if write_npz(tmp_path / "whole.npz")
+        else b""
+    )
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     for name in ("missing", "text", "empty", "array", "cut"):
         with pytest.raises(SystemExit, match=f"{name}.npz: found .*expected an npz"):
@@ -296,7 +334,9 @@ def test_checkpoint_that_does_not_fit(tmp_path):
     """Catches a checkpoint loaded into other shapes, and tracebacks for wrong files."""
     data = load_data(write_npz(tmp_path / "x.npz"))
     path, device = str(tmp_path / "m.pt"), torch.device("cpu")
-    with pytest.raises(SystemExit, match="m.pt: found FileNotFound.*make it with train.py"):
+    with pytest.raises(
+        SystemExit, match="m.pt: found FileNotFound.*make it with train.py"
+    ):
         load_checkpoint(path, data, device)
     torch.save({"model": {}}, path)
     with pytest.raises(SystemExit, match="m.pt: found .*expected a checkpoint"):

@@ -23,9 +23,13 @@ def write_npz(path, videos, labels=None, lengths=None, dim=16, seed=0):
     lengths = rng.integers(1, 6, len(videos)) if lengths is None else np.array(lengths)
     center = {label: rng.normal(size=dim) for label in sorted(set(labels))}
     each = zip(labels, lengths, strict=True)
-    rows = np.concatenate([center[x] + 0.5 * rng.normal(size=(n, dim)) for x, n in each])
+    rows = np.concatenate(
+        [center[x] + 0.5 * rng.normal(size=(n, dim)) for x, n in each]
+    )
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    arrays = dict(embeddings=rows.astype(np.float16), lengths=lengths, videos=np.array(videos))
+    arrays = dict(
+        embeddings=rows.astype(np.float16), lengths=lengths, videos=np.array(videos)
+    )
     np.savez(path, **arrays, labels=np.array(labels))
     return path
 
@@ -52,7 +56,9 @@ def error_of(*flags):
 def test_lvu_files(tmp_path):
     """Ids that begin with '-', the class named \\N and the split of each file are kept."""
     header = "class_id class_name youtube_id imdb_id\n"
-    (tmp_path / "train.csv").write_text(header + "0 \\N -a_b tt1\n1 nm0001220 --c tt2\n")
+    (tmp_path / "train.csv").write_text(
+        header + "0 \\N -a_b tt1\n1 nm0001220 --c tt2\n"
+    )
     (tmp_path / "val.csv").write_text(header + "0 \\N -D3 tt3\n")
     (tmp_path / "test.csv").write_text(header + "1 nm0001220 0E tt4\n")
     rows = probe.read_labels(str(tmp_path), None)
@@ -62,10 +68,14 @@ def test_lvu_files(tmp_path):
 
 def test_lvu_numbers(tmp_path):
     """The like ratio is 10 * like / (like + dislike), views are logarithms: not the raw counts."""
-    (tmp_path / "a.csv").write_text("like_count dislike_count youtube_id imdb_id\n30 10 x tt1\n")
+    (tmp_path / "a.csv").write_text(
+        "like_count dislike_count youtube_id imdb_id\n30 10 x tt1\n"
+    )
     (tmp_path / "b.csv").write_text("view_count youtube_id imdb_id\n1000 -y tt1\n")
     assert probe.read_labels(str(tmp_path / "a.csv"), None) == [("x", 7.5, "")]
-    assert probe.read_labels(str(tmp_path / "b.csv"), None) == [("-y", math.log(1000), "")]
+    assert probe.read_labels(str(tmp_path / "b.csv"), None) == [
+        ("-y", math.log(1000), "")
+    ]
 
 
 def test_breakfast_file(tmp_path, capsys):
@@ -84,23 +94,42 @@ def test_breakfast_names(tmp_path):
     """Labels read off the names: the action, the published persons as test, one stereo channel."""
     videos = ["P03_cam01_P03_friedegg.avi", "P47_webcam02_P47_tea.avi", "holiday.avi",
               "P47/stereo/P47_milk_ch0.avi", "P47/stereo/P47_milk_ch1.avi"]  # fmt: skip
-    rows = probe.read_labels("breakfast", load_data(write_npz(tmp_path / "o.npz", videos)))
+    rows = probe.read_labels(
+        "breakfast", load_data(write_npz(tmp_path / "o.npz", videos))
+    )
     parts = [("friedegg", "train"), ("tea", "test"), ("milk", "test")]
-    assert rows == [(videos[i], *part) for i, part in zip((0, 1, 3), parts, strict=True)]
+    assert rows == [
+        (videos[i], *part) for i, part in zip((0, 1, 3), parts, strict=True)
+    ]
 
 
 def test_coin_json(tmp_path):
     """COIN's subsets are called training and testing."""
-    train, test = {"class": "Boil", "subset": "training"}, {"class": "Cut", "subset": "testing"}
-    (tmp_path / "COIN.json").write_text(json.dumps({"database": {"abc": train, "-d": test}}))
+    train, test = (
+        {"class": "Boil", "subset": "training"},
+        {"class": "Cut", "subset": "testing"},
+    )
+    (tmp_path / "COIN.json").write_text(
+        json.dumps({"database": {"abc": train, "-d": test}})
+    )
     rows = probe.read_labels(str(tmp_path / "COIN.json"), None)
     assert rows == [("abc", "Boil", "train"), ("-d", "Cut", "test")]
 
 
 def test_match(capsys):
     """Paths, names and stems find their video; what is left on either side is counted and named."""
-    videos = ["a/one.x.mp4", "a/two.mp4", "b/two.mp4", "three.mp4", "c/four.mp4", "c/three.mp4"]
-    rows = [(name, "L", "") for name in ("one.x", "a/two", "three.mp4", "c/four.mp4", "gone")]
+    videos = [
+        "a/one.x.mp4",
+        "a/two.mp4",
+        "b/two.mp4",
+        "three.mp4",
+        "c/four.mp4",
+        "c/three.mp4",
+    ]
+    rows = [
+        (name, "L", "")
+        for name in ("one.x", "a/two", "three.mp4", "c/four.mp4", "gone")
+    ]
     assert sorted(probe.match(rows, videos, "csv")) == [0, 1, 3, 4]
     printed = capsys.readouterr().out
     assert "2 videos have no label: b/two.mp4, c/three.mp4\n" in printed
@@ -117,7 +146,9 @@ def test_match(capsys):
 def test_split_is_stratified_and_disjoint():
     """No video is in two splits, classes are cut 60/20/20, and the seed decides who goes where."""
     found = {i: ("ab"[i % 2], "") for i in range(40)}
-    first, again, other = (probe.make_split(found, {""}, s, True, "x") for s in (0, 0, 1))
+    first, again, other = (
+        probe.make_split(found, {""}, s, True, "x") for s in (0, 0, 1)
+    )
     assert sorted(sum(first.values(), [])) == list(range(40))
     for part, n in {"train": 12, "val": 4, "test": 4}.items():
         assert [sum(i % 2 == k for i in first[part]) for k in (0, 1)] == [n, n]
@@ -129,7 +160,9 @@ def test_named_split_is_kept():
     found = {i: ("ab"[i % 2], "test" if i < 10 else "train") for i in range(40)}
     split = probe.make_split(found, {"train", "test"}, 0, True, "x")
     assert sorted(split["test"]) == list(range(10))
-    assert len(split["val"]) == 6 and sorted(split["train"] + split["val"]) == list(range(10, 40))
+    assert len(split["val"]) == 6 and sorted(split["train"] + split["val"]) == list(
+        range(10, 40)
+    )
     found = {i: ("ab"[i % 2], ("train", "val", "test")[i % 3]) for i in range(30)}
     split = probe.make_split(found, {"train", "val", "test"}, 0, True, "x")
     assert all(found[i][1] == part for part in split for i in split[part])
@@ -157,8 +190,12 @@ def test_features_are_those_of_each_video_alone(tmp_path, is_raw):
     """Batches sorted by length mix up no rows, and a video beyond max_segments is whole."""
     lengths = [3, 1, 20, 3, 7]
     data = load_data(write_npz(tmp_path / "out.npz", [*"abcde"], lengths=lengths))
-    model = None if is_raw else load_checkpoint(write_checkpoint(tmp_path / "c"), data, CPU)
-    features = probe.compute_features(data, model, CPU).embeddings.split([n + 1 for n in lengths])
+    model = (
+        None if is_raw else load_checkpoint(write_checkpoint(tmp_path / "c"), data, CPU)
+    )
+    features = probe.compute_features(data, model, CPU).embeddings.split(
+        [n + 1 for n in lengths]
+    )
     for x, video in zip(features, data.embeddings.float().split(lengths), strict=True):
         with torch.no_grad():
             alone = [torch.zeros(1, 16), video] if is_raw else model.encode(
@@ -166,7 +203,9 @@ def test_features_are_those_of_each_video_alone(tmp_path, is_raw):
         assert torch.allclose(x.float(), torch.cat(list(alone)), atol=3e-3)
 
 
-@pytest.mark.parametrize("Head", [probe.Linear, probe.Attentive, probe.Transformer, probe.Mamba])
+@pytest.mark.parametrize(
+    "Head", [probe.Linear, probe.Attentive, probe.Transformer, probe.Mamba]
+)
 def test_heads_ignore_padding(Head):
     """Padding and neighbours change nothing; every segment, the last one too, counts."""
     torch.manual_seed(0)
@@ -223,7 +262,9 @@ def test_selective_scan_is_the_recurrence():
             state = torch.zeros(K, P)
             for t in range(N):
                 decay = math.exp(-rate[h] * delta[i, t, h])
-                state = decay * state + delta[i, t, h] * torch.outer(b[i, t], x[i, t, h])
+                state = decay * state + delta[i, t, h] * torch.outer(
+                    b[i, t], x[i, t, h]
+                )
                 assert torch.allclose(y[i, t, h], c[i, t] @ state, atol=1e-4)
 
 
@@ -235,7 +276,10 @@ def test_test_labels_reach_nothing_but_the_score(tmp_path):
     data = load_data(write_npz(tmp_path / "out.npz", [f"{i}.mp4" for i in range(60)]))
     split = {"train": range(30), "val": range(30, 45), "test": range(45, 60)}
     split = {part: list(indices) for part, indices in split.items()}
-    args, features = probe.get_args(["--epochs", "5"]), probe.compute_features(data, None, CPU)
+    args, features = (
+        probe.get_args(["--epochs", "5"]),
+        probe.compute_features(data, None, CPU),
+    )
     targets = torch.arange(60) % 2
     swapped = torch.where(torch.arange(60) < 45, targets, 1 - targets)
     for row in ("raw linear", "raw attentive"):
@@ -249,8 +293,15 @@ def test_regression_is_scored_in_its_own_unit(tmp_path):
     videos = [f"{i}.mp4" for i in range(120)]
     data = load_data(write_npz(tmp_path / "out.npz", videos, lengths=[1] * 120))
     targets = 1000 + 50 * data.embeddings[:, 0].float()
-    split = {"train": list(range(80)), "val": list(range(80, 100)), "test": list(range(100, 120))}
-    args, features = probe.get_args(["--lr", "0.01"]), probe.compute_features(data, None, CPU)
+    split = {
+        "train": list(range(80)),
+        "val": list(range(80, 100)),
+        "test": list(range(100, 120)),
+    }
+    args, features = (
+        probe.get_args(["--lr", "0.01"]),
+        probe.compute_features(data, None, CPU),
+    )
     mean, linear = (probe.fit(row, features, targets, split, 0, args, CPU)
                     for row in ("majority", "raw linear"))  # fmt: skip
     error = (targets[100:] - targets[:80].mean()).square().mean().item()
@@ -262,15 +313,35 @@ def test_compare(tmp_path, monkeypatch, capsys):
     names = [f"{'abc'[i % 3]}/{i}.mp4" for i in range(45)]
     write_npz(tmp_path / "out.npz", names, labels=[name[0] for name in names])
     write_checkpoint(tmp_path / "lvmae.pt")
-    flags = ["--compare", "--runs", "2", "--epochs", "4", "--lr", "0.01", "--json", "t.json"]
+    flags = [
+        "--compare",
+        "--runs",
+        "2",
+        "--epochs",
+        "4",
+        "--lr",
+        "0.01",
+        "--json",
+        "t.json",
+    ]
     command = [sys.executable, probe.__file__, *flags, "--device", "cpu"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    lines, table = result.stdout.splitlines(), json.loads((tmp_path / "t.json").read_text())
-    assert lines[0] == "2 runs; train 27, val 9, test 9 videos; 3 classes; accuracy in %"
+    lines, table = (
+        result.stdout.splitlines(),
+        json.loads((tmp_path / "t.json").read_text()),
+    )
+    assert (
+        lines[0] == "2 runs; train 27, val 9, test 9 videos; 3 classes; accuracy in %"
+    )
     assert list(table["rows"]) == list(probe.ROWS)
     for line, (row, score) in zip(lines[1:], table["rows"].items(), strict=True):
-        assert line.split() == [*row.split(), f"{score['mean']:.2f}", "+-", f"{score['std']:.2f}"]
+        assert line.split() == [
+            *row.split(),
+            f"{score['mean']:.2f}",
+            "+-",
+            f"{score['std']:.2f}",
+        ]
         assert len(score["runs"]) == 2
     assert table["n"] == {"train": 27, "val": 9, "test": 9} and table["classes"] == 3
     assert table["rows"]["majority"]["mean"] == pytest.approx(100 / 3)
@@ -286,7 +357,10 @@ def test_baseline_stands_beside_the_result(tmp_path, monkeypatch, capsys):
     names = [f"{'ab'[i % 2]}/{i}.mp4" for i in range(30)]
     write_npz("out.npz", names, labels=[name[0] for name in names])
     write_checkpoint("lvmae.pt")
-    for head, rows in {"linear": ["raw linear", "LV-MAE linear"], "mamba": ["mamba"]}.items():
+    for head, rows in {
+        "linear": ["raw linear", "LV-MAE linear"],
+        "mamba": ["mamba"],
+    }.items():
         flags = ["--head", head, "--runs", "1", "--epochs", "1", "--device", "cpu"]
         probe.main(probe.get_args(flags))
         printed = capsys.readouterr().out.splitlines()[1:]
@@ -303,11 +377,15 @@ def test_errors(tmp_path, monkeypatch):
     assert "expected video" in error_of("--labels", "a.csv")
     Path("b.csv").write_text("video,label,split\n1.mp4,x,dev\n")
     assert "train|val|test" in error_of("--labels", "b.csv")
-    Path("c.csv").write_text("video,label\n" + "".join(f"{i},{'xy'[i % 2]}\n" for i in range(20)))
+    Path("c.csv").write_text(
+        "video,label\n" + "".join(f"{i},{'xy'[i % 2]}\n" for i in range(20))
+    )
     assert "could not convert" in error_of("--labels", "c.csv", "--regression")
     assert "lvmae.pt" in error_of("--labels", "c.csv")
     Path("d.json").write_text("[1]")
     assert "d.json" in error_of("--labels", "d.json")
-    Path("e.json").write_text('{"database": {"1": {"class": "x", "subset": "validation"}}}')
+    Path("e.json").write_text(
+        '{"database": {"1": {"class": "x", "subset": "validation"}}}'
+    )
     assert "train|val|test" in error_of("--labels", "e.json")
     assert "--batch-size" in error_of("--batch-size", 1)

@@ -52,7 +52,9 @@ def test_every_command_is_understood():
     """Catches commands in README.md and in docstrings with flags that are gone."""
     texts = [README.replace("\\\n", "")]  # continued lines as one
     texts += [importlib.import_module(script).__doc__ for script in SCRIPTS]
-    commands = re.findall(r"(?:python|\d) (\w+)\.py (.*?)(?:#.*)?$", "\n".join(texts), re.M)
+    commands = re.findall(
+        r"(?:python|\d) (\w+)\.py (.*?)(?:#.*)?$", "\n".join(texts), re.M
+    )
     assert {script for script, _ in commands} >= set(SCRIPTS)
     for script, arguments in commands:
         if script in SCRIPTS and "..." not in arguments and "$" not in arguments:
@@ -62,7 +64,10 @@ def test_every_command_is_understood():
 def test_continuous_integration_runs_these_lines():
     """Catches a README.md whose install and test line is not the one that is tested."""
     assert "\npip install -r requirements.txt && python -m pytest\n" in README
-    assert "pip install -r requirements.txt && python -m pytest" in (ROOT / ".ci/run").read_text()
+    assert (
+        "pip install -r requirements.txt && python -m pytest"
+        in (ROOT / ".ci/run").read_text()
+    )
 
 
 def snippets():
@@ -110,5 +115,8 @@ def test_example_of_captions(tmp_path, monkeypatch):
     assert captions[0] == "video,start,caption" and len(captions) == 4
     for i, line in enumerate(captions[1:]):
         assert line.startswith(f"a.mp4,{5.0 * i},a picture")
-        numbers = [float(n) for n in re.findall(r"[\d.]+(?=[. \]])", line.split("colour of")[1])]
+        numbers = [
+            float(n)
+            for n in re.findall(r"[\d.]+(?=[. \]])", line.split("colour of")[1])
+        ]
         assert all(abs(n - 60 * (i + 1)) < 15 for n in numbers), line

@@ -33,14 +33,18 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
     os.mkdir(folder / "clip")
-    torch.save(open_clip.CLIP(**CLIP).state_dict(), folder / "clip/open_clip_pytorch_model.bin")
+    torch.save(
+        open_clip.CLIP(**CLIP).state_dict(), folder / "clip/open_clip_pytorch_model.bin"
+    )
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
     config = json.dumps({"model_cfg": CLIP, "preprocess_cfg": preprocess})
     (folder / "clip/open_clip_config.json").write_text(config)
 
     clip, name = extract.load_encoder(str(folder / "clip"), "", torch.device("cpu"))
     with torch.no_grad():
-        embeddings = F.normalize(clip.encode_text(open_clip.get_tokenizer(name)(WORDS)), dim=1)
+        embeddings = F.normalize(
+            clip.encode_text(open_clip.get_tokenizer(name)(WORDS)), dim=1
+        )
     lengths = [3, 20, 1, 9, 17, 2]
     shown = torch.randint(len(WORDS), (sum(lengths),))
     videos = [f"{'ab'[v % 2]}/v{v}.avi" for v in range(len(lengths))]
@@ -55,8 +59,12 @@ def world(tmp_path_factory):
         meta=json.dumps(meta),
     )
     names = np.repeat(videos, lengths)
-    rows = [f"{v},{s},{WORDS[w]}\n" for v, s, w in zip(names, starts, shown, strict=True)]
-    (folder / "captions.csv").write_text("video,start,caption\n" + "".join(rows), "utf-8")
+    rows = [
+        f"{v},{s},{WORDS[w]}\n" for v, s, w in zip(names, starts, shown, strict=True)
+    ]
+    (folder / "captions.csv").write_text(
+        "video,start,caption\n" + "".join(rows), "utf-8"
+    )
     (folder / "captions.txt").write_text("\n".join(WORDS), "utf-8")
     np.savez(folder / "captions.npz", captions=WORDS, embeddings=embeddings.numpy())
     network = model.LVMAE(model.LVMAEConfig(32, 1, 2, 16, 1, 2))
@@ -82,8 +90,13 @@ def test_search_equals_sorting_all_similarities():
     order = similarity.argsort(dim=1, descending=True)
     values, numbers, rank = retrieve.search(queries, captions, truth, 3, "cpu")
     assert torch.equal(numbers, order[:, :3])
-    assert torch.allclose(values.double(), similarity.gather(1, order[:, :3]), atol=1e-6)
-    for step, compare in ((0, torch.le), (2e-6, torch.ge)):  # nearer than this may be a tie
+    assert torch.allclose(
+        values.double(), similarity.gather(1, order[:, :3]), atol=1e-6
+    )
+    for step, compare in (
+        (0, torch.le),
+        (2e-6, torch.ge),
+    ):  # nearer than this may be a tie
         higher = (similarity > similarity.gather(1, truth[:, None]) + step).sum(1)
         assert compare(rank, 1 + higher).all()
 
@@ -92,7 +105,9 @@ def test_rounding_does_not_rank_a_caption_above_itself():
     """Catches ranks of 2 where the query is the caption: two matrix shapes round differently."""
     torch.manual_seed(0)
     captions = F.normalize(torch.randn(5000, 1024), dim=1)
-    rank = retrieve.search(7 * captions[:2000], captions, torch.arange(2000), 1, "cpu")[2]
+    rank = retrieve.search(7 * captions[:2000], captions, torch.arange(2000), 1, "cpu")[
+        2
+    ]
     assert (rank == 1).all()
 
 
@@ -110,7 +125,9 @@ def test_captions_count_once(world, tmp_path):
     """Catches repeats, blank lines, a byte-order mark or line ends that make new captions."""
     data = model.load_data(world / "out.npz")
     path = str(tmp_path / "captions.txt")
-    Path(path).write_bytes("\ufeffb  b\r\na\r\n\r\nb b\r\nа\r\n".encode())  # the last is Cyrillic
+    Path(path).write_bytes(
+        "\ufeffb  b\r\na\r\n\r\nb b\r\nа\r\n".encode()
+    )  # the last is Cyrillic
     captions, embeddings, truth = retrieve.read_captions(path, data)
     assert captions == ["b b", "a", "а"] and embeddings is None and (truth == -1).all()
     vectors = torch.randn(4, 32)
@@ -129,7 +146,10 @@ def test_csv_finds_its_segments(world, tmp_path):
     Path(path).write_text("video,start,caption\n" + rows)
     captions, _, truth = retrieve.read_captions(path, data)
     assert captions == ["one, two", "three", "four"]
-    assert {row: captions[n] for row, n in enumerate(truth) if n >= 0} == {2: "four", 4: "one, two"}
+    assert {row: captions[n] for row, n in enumerate(truth) if n >= 0} == {
+        2: "four",
+        4: "one, two",
+    }
 
 
 @pytest.mark.parametrize(
@@ -144,7 +164,11 @@ def test_csv_finds_its_segments(world, tmp_path):
         ("x.npz", "text", "captions, embeddings (.npz)"),
         ("x.npz", {"captions": ["a"]}, "embeddings"),
         ("x.npz", {"captions": ["a"], "embeddings": np.ones((1, 5))}, "(1, 32)"),
-        ("x.npz", {"captions": ["a"], "embeddings": np.full((1, 32), np.nan)}, "finite"),
+        (
+            "x.npz",
+            {"captions": ["a"], "embeddings": np.full((1, 32), np.nan)},
+            "finite",
+        ),
         (
             "x.npz",
             {"captions": np.array([["a"]], object), "embeddings": np.ones((1, 32))},
@@ -170,7 +194,9 @@ def test_cache_follows_captions_and_weights(world, tmp_path, monkeypatch):
     data, path = model.load_data(world / "out.npz"), str(tmp_path / "captions.txt")
     loads = []
     load = retrieve.load_encoder
-    monkeypatch.setattr(retrieve, "load_encoder", lambda *args: loads.append(1) or load(*args))
+    monkeypatch.setattr(
+        retrieve, "load_encoder", lambda *args: loads.append(1) or load(*args)
+    )
 
     def embed(captions):
         return retrieve.embed_captions(path, captions, data, torch.device("cpu"))
@@ -185,7 +211,9 @@ def test_cache_follows_captions_and_weights(world, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["captions.txt.cache.npz"]
 
 
-@pytest.mark.parametrize("meta", [{}, {"model": "LanguageBind"}, {"model": "gone/clip"}, "RN50"])
+@pytest.mark.parametrize(
+    "meta", [{}, {"model": "LanguageBind"}, {"model": "gone/clip"}, "RN50"]
+)
 def test_no_text_tower_points_to_npz(world, tmp_path, monkeypatch, meta):
     """Catches a dead end for embeddings that open_clip cannot embed captions for."""
     data = model.load_data(world / "out.npz")
@@ -197,7 +225,9 @@ def test_no_text_tower_points_to_npz(world, tmp_path, monkeypatch, meta):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         data = data._replace(meta=meta)
     with pytest.raises(SystemExit) as error:
-        retrieve.embed_captions(str(tmp_path / "c.txt"), WORDS, data, torch.device("cpu"))
+        retrieve.embed_captions(
+            str(tmp_path / "c.txt"), WORDS, data, torch.device("cpu")
+        )
     assert "--captions FILE.npz" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -217,11 +247,15 @@ def test_reconstructions_stand_at_their_segments(world, mask):
             with torch.no_grad():
                 predictions = network(alone, n[None], hidden[None])[1][0]
             close = torch.allclose(
-                rebuilt["reconstructed"][rows][hidden].float(), predictions[hidden], atol=1e-3
+                rebuilt["reconstructed"][rows][hidden].float(),
+                predictions[hidden],
+                atol=1e-3,
             )
             assert close
             mean = alone[0][~hidden].mean(0).expand(int(hidden.sum()), -1)
-            assert torch.allclose(rebuilt["visible mean"][rows][hidden].float(), mean, atol=1e-3)
+            assert torch.allclose(
+                rebuilt["visible mean"][rows][hidden].float(), mean, atol=1e-3
+            )
     if mask == "semantic":
         assert not is_masked[data.first[data.lengths > 2]].any()
 
@@ -236,13 +270,17 @@ def test_scores_of_a_perfect_and_of_no_model(world, capsys, monkeypatch):
         and scores["captions"] == scores["chance"]["median rank"] * 2 - 1
     )
     assert scores["chance"]["R@5"] == pytest.approx(500 / scores["captions"])
-    monkeypatch.setattr(retrieve.lvmae, "load_checkpoint", lambda *args: lambda x, *_: (None, x))
+    monkeypatch.setattr(
+        retrieve.lvmae, "load_checkpoint", lambda *args: lambda x, *_: (None, x)
+    )
     perfect, text = run(
         world, capsys, f"--captions={world / 'captions.csv'}", "--video", "b/v3.avi"
     )
     assert perfect["reconstructed"] == perfect["true"] and perfect["n"] == scores["n"]
     lines = [line for line in text.splitlines() if "▒" in line][1:]
-    assert len(lines) == 4  # round(0.4 * 9) masked segments: true caption, same, the caption again
+    assert (
+        len(lines) == 4
+    )  # round(0.4 * 9) masked segments: true caption, same, the caption again
     for line in lines:
         _, _, caption, true, again = [cell for cell in line.split("  ") if cell]
         assert true.split()[1] == "same" and again.strip()[5:] == caption.strip()
@@ -266,8 +304,12 @@ def test_unknown_captions_do_not_count(world, tmp_path, capsys):
     path.write_text("\n".join(row for row in rows if "v1.avi" not in row), "utf-8")
     partial, text = run(world, capsys, f"--captions={path}")
     assert partial["n"] == scores["n"] - 8 and partial["true"]["R@1"] == 100
-    path.write_text("\n".join([rows[0], *(row for row in rows if "v2.avi" in row)]), "utf-8")
-    with pytest.raises(SystemExit, match="no masked segment to score"):  # v2 has one segment
+    path.write_text(
+        "\n".join([rows[0], *(row for row in rows if "v2.avi" in row)]), "utf-8"
+    )
+    with pytest.raises(
+        SystemExit, match="no masked segment to score"
+    ):  # v2 has one segment
         run(world, capsys, f"--captions={path}")
 
 
@@ -276,7 +318,9 @@ def test_without_true_captions_it_counts_agreement(world, capsys):
     known, _ = run(world, capsys, f"--captions={world / 'captions.csv'}")
     agreement, text = run(world, capsys, f"--captions={world / 'captions.txt'}")
     assert "caption that the true embedding retrieves" in text and "same" not in text
-    if known["captions"] == agreement["captions"]:  # here the embedding retrieves the true caption
+    if (
+        known["captions"] == agreement["captions"]
+    ):  # here the embedding retrieves the true caption
         assert agreement == known
 
 
@@ -291,7 +335,9 @@ def test_default_is_the_longest_video_and_several_can_be_shown(world, capsys):
     assert run(world, capsys)[1].startswith("b/v1.avi")
     text = run(world, capsys, "--video", "a/v2.avi", "b/v3.avi", "--show", 2)[1]
     assert text.index("a/v2.avi") < text.index("b/v3.avi")
-    assert text.count("0:00") == 1 and text.count("0:07") == text.count("0:10") == 1  # the middle
+    assert (
+        text.count("0:00") == 1 and text.count("0:07") == text.count("0:10") == 1
+    )  # the middle
 
 
 def test_table_wraps_and_keeps_every_word(capsys):
@@ -304,7 +350,9 @@ def test_table_wraps_and_keeps_every_word(capsys):
     retrieve.print_table(rows)
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 100
-    assert all(text.count(f"word{i} ") + text.count(f"word{i}\n") == 4 for i in range(30))
+    assert all(
+        text.count(f"word{i} ") + text.count(f"word{i}\n") == 4 for i in range(30)
+    )
 
 
 def test_figure_shows_frames_and_marks_the_masked(world, tmp_path, capsys):
@@ -317,7 +365,9 @@ def test_figure_shows_frames_and_marks_the_masked(world, tmp_path, capsys):
     )
     # 2.5 s are 10 frames; segment i is a grey of 20 * i, but starts with a white frame
     for frame in range(9 * 10):
-        video.write(np.full((64, 96, 3), 20 * (frame // 10) if frame % 10 else 255, np.uint8))
+        video.write(
+            np.full((64, 96, 3), 20 * (frame // 10) if frame % 10 else 255, np.uint8)
+        )
     video.release()
     figure = tmp_path / "figure.png"
     argv = ["--video", "b/v3.avi", "--show", "8", "--figure", figure]
@@ -331,17 +381,30 @@ def test_figure_shows_frames_and_marks_the_masked(world, tmp_path, capsys):
     for i in range(8):  # an odd video has its middle at segment 0 of 9: (9 - 8) // 2
         x, bottom = 8 + i % 4 * 248, 40 + (i // 4 + 1) * height - 18
         assert abs(pixels[bottom - 50, x + 120] - 20 * i).max() < 8
-        is_red.append(pixels[bottom - 50, x + 2, 0] - pixels[bottom - 50, x + 2, 1] > 100)
+        is_red.append(
+            pixels[bottom - 50, x + 2, 0] - pixels[bottom - 50, x + 2, 1] > 100
+        )
     lines = [line for line in text.splitlines() if line[:1].isdigit()][:8]
     assert is_red == ["▒" in line for line in lines] and any(is_red) and not all(is_red)
 
 
 def test_command_line(world):
     """Catches a script that works only when imported: the real command, in ASCII."""
-    argv = ["--captions", "captions.csv", "--top-k", "2", "--mask", "semantic", "--device", "cpu"]
+    argv = [
+        "--captions",
+        "captions.csv",
+        "--top-k",
+        "2",
+        "--mask",
+        "semantic",
+        "--device",
+        "cpu",
+    ]
     script = Path(retrieve.__file__)
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     result = subprocess.run([sys.executable, script, *argv], cwd=world, env=environment,
                             capture_output=True, text=True, timeout=120)  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "true caption" in result.stdout and result.stdout.splitlines()[-1].startswith("chance")
+    assert "true caption" in result.stdout and result.stdout.splitlines()[
+        -1
+    ].startswith("chance")

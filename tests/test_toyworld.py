@@ -23,7 +23,13 @@ README = (ROOT / "README.md").read_text()
 def world(tmp_path_factory):
     """The folder that README.md's first command makes, in its small size, and what it printed."""
     toy = tmp_path_factory.mktemp("world") / "toy"
-    command = [sys.executable, str(ROOT / "tests/toyworld.py"), str(toy), "--small", "--run"]
+    command = [
+        sys.executable,
+        str(ROOT / "tests/toyworld.py"),
+        str(toy),
+        "--small",
+        "--run",
+    ]
     done = subprocess.run(command, cwd=toy.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return toy, done.stdout
@@ -37,7 +43,9 @@ def blocks(heading, language=""):
 
 def forms(text):
     """The lines of a text, whatever the numbers and the spaces between them are."""
-    return {" ".join(re.sub(r"[\d.,]+", "1", line).split()) for line in text.splitlines()}
+    return {
+        " ".join(re.sub(r"[\d.,]+", "1", line).split()) for line in text.splitlines()
+    }
 
 
 def test_the_whole_method_runs(world):
@@ -45,7 +53,9 @@ def test_the_whole_method_runs(world):
     toy, printed = world
     commands = re.findall(r"^\$ python (\w+)\.py", printed, re.M)
     assert commands == ["extract", "train", "probe", "retrieve"]
-    assert "24 of 24 videos" in printed and printed.splitlines()[-1].startswith("the whole took")
+    assert "24 of 24 videos" in printed and printed.splitlines()[-1].startswith(
+        "the whole took"
+    )
 
     # The captions that were drawn and the segments that were extracted are the same ones.
     data = load_data(str(toy / "out.npz"))
@@ -75,8 +85,15 @@ def test_short_commands_chain(world, monkeypatch, capsys):
     monkeypatch.chdir(toy)
     (toy / "out.npz").unlink()
     (toy / "lvmae.pt").unlink()
-    short = {"extract": "--model clip", "train": "--epochs 1", "probe": "--runs 1", "retrieve": ""}
-    commands = re.findall(r"^python (\w+)\.py ([^#\n]*)", blocks("## Your own videos")[0], re.M)
+    short = {
+        "extract": "--model clip",
+        "train": "--epochs 1",
+        "probe": "--runs 1",
+        "retrieve": "",
+    }
+    commands = re.findall(
+        r"^python (\w+)\.py ([^#\n]*)", blocks("## Your own videos")[0], re.M
+    )
     assert [script for script, _ in commands] == list(short)
     for script, flags in commands:
         stage = importlib.import_module(script)
@@ -100,8 +117,13 @@ def test_ablation_loops(world, monkeypatch):
     for script, *flags in commands[:3]:
         stage = importlib.import_module(script.removesuffix(".py"))
         stage.main(stage.get_args([*flags, "--epochs", "1"]))
-    summary = "python() { %s -; }\npython -%s" % (sys.executable, block.split("python -")[1])
-    done = subprocess.run(["bash", "-ec", summary], check=True, capture_output=True, text=True)
+    summary = "python() { %s -; }\npython -%s" % (
+        sys.executable,
+        block.split("python -")[1],
+    )
+    done = subprocess.run(
+        ["bash", "-ec", summary], check=True, capture_output=True, text=True
+    )
     expected = {f"table1-random {head} 1 +- 1 n=1" for head in ("attentive", "linear")}
     assert forms(done.stdout) == expected
 
@@ -112,5 +134,7 @@ def test_pairs_differ_in_order_alone():
     for pair in "1234":
         one, other = recipes[f"{pair}a"], recipes[f"{pair}b"]
         assert sorted(one) == sorted(other) and one != other
-    used = [step for name, steps in recipes.items() if name.endswith("a") for step in steps]
+    used = [
+        step for name, steps in recipes.items() if name.endswith("a") for step in steps
+    ]
     assert sorted(used) == sorted(toyworld.OBJECTS)

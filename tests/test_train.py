@@ -68,7 +68,9 @@ def test_training_learns_and_says_so(uninterrupted):
     assert checkpoint.keys() == keys and checkpoint["epoch"] == 6
     data = load_data(str(folder / "out.npz"))
     model = load_checkpoint(str(folder / "lvmae.pt"), data, torch.device("cpu"))
-    assert torch.equal(model.decoder_pred.weight, checkpoint["model"]["decoder_pred.weight"])
+    assert torch.equal(
+        model.decoder_pred.weight, checkpoint["model"]["decoder_pred.weight"]
+    )
     assert not list(folder.glob("*.tmp"))
 
 
@@ -77,7 +79,14 @@ def test_resume_after_sigkill_is_exact(uninterrupted, tmp_path, epochs_before_ki
     """Catches anything that a kill loses: weights, moments, schedule, the state of randomness."""
     folder, _ = uninterrupted
     (tmp_path / "out.npz").write_bytes((folder / "out.npz").read_bytes())
-    flags = [str(ROOT / "train.py"), *SMALL.split(), "--epochs", "6", "--warmup-epochs", "2"]
+    flags = [
+        str(ROOT / "train.py"),
+        *SMALL.split(),
+        "--epochs",
+        "6",
+        "--warmup-epochs",
+        "2",
+    ]
     process = subprocess.Popen(
         [sys.executable, *flags], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
@@ -109,7 +118,9 @@ def test_two_processes_equal_one(uninterrupted, tmp_path):
 def test_each_process_reads_its_share_of_the_files(tmp_path):
     """Catches a process that reads all files, and checkpoints that lose some of their names."""
     files = [write_npz(tmp_path / f"part{i}.npz", videos=20, seed=i) for i in range(3)]
-    done = run(tmp_path, "--data", *files, "--epochs", 1, "--batch-size", 8, processes=2)
+    done = run(
+        tmp_path, "--data", *files, "--epochs", 1, "--batch-size", 8, processes=2
+    )
     assert "54 videos to train on, 6 to validate on" in done.stdout
     checkpoint = torch.load(tmp_path / "lvmae.pt", weights_only=True)
     names = [name.split()[0] for name in checkpoint["data"]]
@@ -135,7 +146,9 @@ def test_crops():
     assert (size >= 2).all() and (size <= lengths.clamp(max=20)).all()
     assert (begin >= first).all() and (begin + size <= first + lengths).all()
     assert (size[-200:] == 20).any() and (size[-200:] == 2).any()
-    assert (begin + size == first + lengths)[-200:].any() and (begin == first)[-200:].any()
+    assert (begin + size == first + lengths)[-200:].any() and (begin == first)[
+        -200:
+    ].any()
 
 
 def test_learning_rate_by_hand():
@@ -151,12 +164,23 @@ def test_presets_and_flags(capsys):
     """Catches a preset that overrides a flag, is not Table 5, or does not show in --help."""
     args = train.get_args("--preset paper --depth 3 --mask semantic".split())
     assert (args.depth, args.heads, args.mask_ratio, args.epochs) == (3, 16, 0.5, 150)
-    assert (args.weight_decay, args.beta1, args.beta2, args.batch_size) == (0.05, 0.9, 0.95, 16)
+    assert (args.weight_decay, args.beta1, args.beta2, args.batch_size) == (
+        0.05,
+        0.9,
+        0.95,
+        16,
+    )
     assert train.get_args([]).mask_ratio == 0.4
     with pytest.raises(SystemExit):
         train.get_args("--preset paper --help".split())
-    assert "layers of the encoder (default: 32)" in " ".join(capsys.readouterr().out.split())
-    for flags in (["--mask-ratio", "1.5"], ["--batch-size", "0"], ["--max-segments", "1"]):
+    assert "layers of the encoder (default: 32)" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    for flags in (
+        ["--mask-ratio", "1.5"],
+        ["--batch-size", "0"],
+        ["--max-segments", "1"],
+    ):
         with pytest.raises(SystemExit):
             train.get_args(flags)
 
@@ -180,12 +204,17 @@ def test_long_crops(tmp_path, monkeypatch):
     assert config["max_segments"] == n
 
 
-def test_not_a_number_stops_and_keeps_the_checkpoint(uninterrupted, tmp_path, monkeypatch):
+def test_not_a_number_stops_and_keeps_the_checkpoint(
+    uninterrupted, tmp_path, monkeypatch
+):
     """Catches a broken run that overwrites the last good checkpoint, or its log."""
     folder, _ = uninterrupted
     for name in ("out.npz", "lvmae.pt", "lvmae.jsonl"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    before, log = (tmp_path / "lvmae.pt").read_bytes(), (tmp_path / "lvmae.jsonl").read_text()
+    before, log = (
+        (tmp_path / "lvmae.pt").read_bytes(),
+        (tmp_path / "lvmae.jsonl").read_text(),
+    )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="the loss is"):
         flags = f"{SMALL} --epochs 2 --base-lr 1e30 --warmup-epochs 0"
@@ -200,11 +229,20 @@ def test_not_a_number_stops_and_keeps_the_checkpoint(uninterrupted, tmp_path, mo
         (["--data", "missing.npz"], "missing.npz: found FileNotFound"),
         (["--heads", "3"], "--heads 3: must divide 16"),
         (["--resume", "--depth", "2"], "lvmae.pt: made with --depth 1, found 2"),
-        (["--resume", "--data", "other.npz"], "made with --data .*out.npz.*found .*other.npz"),
-        (["--resume", "--batch-size", "8"], "made with --batch-size x processes 16, found 8"),
+        (
+            ["--resume", "--data", "other.npz"],
+            "made with --data .*out.npz.*found .*other.npz",
+        ),
+        (
+            ["--resume", "--batch-size", "8"],
+            "made with --batch-size x processes 16, found 8",
+        ),
         (["--resume", "--out", "out.npz"], "out.npz: found .*expected a checkpoint"),
         (["--data", "tiny.npz"], "tiny.npz: 1 videos of 2 or more segments: too few"),
-        (["--data", "out.npz", "wide.npz"], "wide.npz: embeddings of size 32, but out.npz has 16"),
+        (
+            ["--data", "out.npz", "wide.npz"],
+            "wide.npz: embeddings of size 32, but out.npz has 16",
+        ),
     ],
 )
 def test_errors_are_one_line(uninterrupted, monkeypatch, flags, message):
@@ -215,5 +253,7 @@ def test_errors_are_one_line(uninterrupted, monkeypatch, flags, message):
     write_npz(folder / "wide.npz", D=32)
     monkeypatch.chdir(folder)
     with pytest.raises(SystemExit, match=message) as error:
-        train.main(train.get_args(f"{SMALL} --epochs 6 --warmup-epochs 2".split() + flags))
+        train.main(
+            train.get_args(f"{SMALL} --epochs 6 --warmup-epochs 2".split() + flags)
+        )
     assert "\n" not in str(error.value)

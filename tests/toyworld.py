@@ -29,12 +29,23 @@ import torch
 
 SIZE, FPS, SEGMENT_SECONDS = 64, 2, 5  # pixels, frames per second, seconds
 COLOURS = {
-    "red": (220, 30, 30), "cyan": (40, 220, 220), "yellow": (250, 230, 60), "green": (30, 190, 70),
-    "blue": (30, 60, 230), "purple": (140, 40, 170), "pink": (250, 150, 200),
+    "red": (220, 30, 30),
+    "cyan": (40, 220, 220),
+    "yellow": (250, 230, 60),
+    "green": (30, 190, 70),
+    "blue": (30, 60, 230),
+    "purple": (140, 40, 170),
+    "pink": (250, 150, 200),
     "white": (250, 250, 250),
 }
-BAR = np.array([1.5 + 0.4j, -1.5 + 0.4j, -1.5 - 0.4j, 1.5 - 0.4j])  # an outline, points x + iy
-SHAPES = {"circle": np.exp(2j * np.pi * np.arange(32) / 32), "bar": BAR, "post": 1j * BAR}
+BAR = np.array(
+    [1.5 + 0.4j, -1.5 + 0.4j, -1.5 - 0.4j, 1.5 - 0.4j]
+)  # an outline, points x + iy
+SHAPES = {
+    "circle": np.exp(2j * np.pi * np.arange(32) / 32),
+    "bar": BAR,
+    "post": 1j * BAR,
+}
 PLACES = {  # colours of the upper and the lower half
     "on the beach": ((120, 190, 240), (225, 200, 130)),
     "in the forest": ((30, 70, 30), (60, 110, 40)),
@@ -53,8 +64,12 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 def get_args(argv=None):
     """Read the command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where to put videos/, captions.csv and clip/")
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "folder", type=Path, help="where to put videos/, captions.csv and clip/"
+    )
     parser.add_argument("--run", action="store_true", help="then run every stage on it")
     parser.add_argument("--small", action="store_true", help="a tenth of it, for tests")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
@@ -64,11 +79,16 @@ def get_args(argv=None):
 def make_recipes(rng):
     """Return {name: list of 6 objects}: four pairs, in each the same steps in another order."""
     recipes = {}
-    for pair, steps in enumerate(rng.permutation(OBJECTS).reshape(4, 6).tolist(), start=1):
+    for pair, steps in enumerate(
+        rng.permutation(OBJECTS).reshape(4, 6).tolist(), start=1
+    ):
         a, b, c, d, e, f = steps
         # Half of the steps keep their places. So what was hidden between two visible steps cannot
         # be told from these two: one must know, from elsewhere, which recipe is running.
-        recipes[f"{pair}a"], recipes[f"{pair}b"] = [a, b, c, d, e, f], [a, f, c, b, e, d]
+        recipes[f"{pair}a"], recipes[f"{pair}b"] = (
+            [a, b, c, d, e, f],
+            [a, f, c, b, e, d],
+        )
     return recipes
 
 
@@ -78,7 +98,9 @@ def make_story(rng, steps):
     while not 12 <= len(story) <= 40:
         slowest = rng.integers(2, 6)
         story = [step for step in steps for _ in range(rng.integers(1, slowest + 1))]
-        story = rng.choice(OBJECTS, rng.integers(4)).tolist() + story  # begins late: noise
+        story = (
+            rng.choice(OBJECTS, rng.integers(4)).tolist() + story
+        )  # begins late: noise
         for place in rng.integers(1, len(story), rng.binomial(len(story), 0.05)):
             story.insert(place, str(rng.choice(OBJECTS)))  # is interrupted: noise
     return story
@@ -102,7 +124,9 @@ def draw_segment(rng, thing, place, frames=FPS * SEGMENT_SECONDS):
 
 def draw_captions(rng):
     """Draw one frame of every caption: (captions, 3, SIZE, SIZE), normalised for the CLIP."""
-    frames = [draw_segment(rng, thing, place, 1) for place in PLACES for thing in OBJECTS]
+    frames = [
+        draw_segment(rng, thing, place, 1) for place in PLACES for thing in OBJECTS
+    ]
     frames = torch.from_numpy(np.concatenate(frames)).permute(0, 3, 1, 2)
     return (frames / 255 - MEAN[0]) / STD[0]
 
@@ -116,15 +140,24 @@ def train_clip(folder, steps, seed):
     loss_of = open_clip.ClipLoss()
     optimizer = torch.optim.AdamW(clip.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
-    for _ in range(steps):  # every batch holds each caption once: no pair is wrongly a negative
+    for _ in range(
+        steps
+    ):  # every batch holds each caption once: no pair is wrongly a negative
         loss = loss_of(**clip(draw_captions(rng), texts))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
-    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bilinear", "resize_mode": "shortest"}
+    safetensors.torch.save_file(
+        clip.state_dict(), folder / "open_clip_model.safetensors"
+    )
+    preprocess = {
+        "mean": MEAN,
+        "std": STD,
+        "interpolation": "bilinear",
+        "resize_mode": "shortest",
+    }
     config = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))
 
@@ -137,7 +170,9 @@ def clip_accuracy(folder, seed, draws=5):
     texts = open_clip.get_tokenizer(f"local-dir:{folder}")(CAPTIONS)
     texts = clip.encode_text(texts, normalize=True)
     rng = np.random.default_rng(seed)
-    images = [clip.encode_image(draw_captions(rng), normalize=True) for _ in range(draws)]
+    images = [
+        clip.encode_image(draw_captions(rng), normalize=True) for _ in range(draws)
+    ]
     best = (torch.stack(images) @ texts.T).argmax(-1)  # (draws, captions)
     return (best == torch.arange(len(CAPTIONS))).float().mean().item()
 
@@ -154,12 +189,16 @@ def make_videos(folder, count, seed):
             story, place = make_story(rng, recipes[recipe]), rng.choice(list(PLACES))
             path = folder / "videos" / recipe / f"{i:03d}.mp4"
             path.parent.mkdir(parents=True, exist_ok=True)
-            writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), FPS, (SIZE, SIZE))
+            writer = cv2.VideoWriter(
+                str(path), cv2.VideoWriter_fourcc(*"mp4v"), FPS, (SIZE, SIZE)
+            )
             for n, thing in enumerate(story):
                 for frame in draw_segment(rng, thing, place):
                     writer.write(frame[..., ::-1])  # RGB to OpenCV's BGR
                 caption = f"{thing} {place}"
-                captions.writerow([f"{recipe}/{path.name}", n * SEGMENT_SECONDS, caption])
+                captions.writerow(
+                    [f"{recipe}/{path.name}", n * SEGMENT_SECONDS, caption]
+                )
             writer.release()
 
 
@@ -181,12 +220,20 @@ def run_scripts(folder, epochs, seed):
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, root / script, *flags], check=True, env=env)
 
-    ranks, probes = (json.loads(found[stage].read_text()) for stage in ("retrieve", "probe"))
+    ranks, probes = (
+        json.loads(found[stage].read_text()) for stage in ("retrieve", "probe")
+    )
     print("\ncaption of a masked segment   R@1    R@5")
     for name in ("true", "reconstructed", "interpolation", "chance"):
         print(f"{name:26} {ranks[name]['R@1']:5.1f}% {ranks[name]['R@5']:5.1f}%")
     print("\nrecipe of a video        accuracy")
-    for name in ("majority", "raw linear", "LV-MAE linear", "raw attentive", "LV-MAE attentive"):
+    for name in (
+        "majority",
+        "raw linear",
+        "LV-MAE linear",
+        "raw attentive",
+        "LV-MAE attentive",
+    ):
         row = probes["rows"][name]
         print(f"{name:26} {row['mean']:5.1f}% +- {row['std']:.1f}")
 
@@ -196,10 +243,14 @@ def main(args):
     start, videos = time.time(), 24 if args.small else 240
     train_clip(args.folder / "clip", 25 if args.small else 250, args.seed)
     accuracy = clip_accuracy(args.folder / "clip", args.seed + 1)
-    print(f"{args.folder}/clip: {accuracy:.1%} of unseen frames have their own caption nearest")
+    print(
+        f"{args.folder}/clip: {accuracy:.1%} of unseen frames have their own caption nearest"
+    )
     make_videos(args.folder, videos, args.seed + 2)
     segments = (args.folder / "captions.csv").read_text().count("\n") - 1
-    print(f"{args.folder}: {videos} videos, {segments:,} segments, {len(CAPTIONS)} captions")
+    print(
+        f"{args.folder}: {videos} videos, {segments:,} segments, {len(CAPTIONS)} captions"
+    )
     print(f"made in {time.time() - start:.0f} s", flush=True)
     if args.run:
         run_scripts(args.folder, 2 if args.small else 120, args.seed)
