@@ -152,10 +152,7 @@ def unpack(tokens, is_token):
 
 @dataclass
 class LVMAEConfig:
-    """Sizes of the model; `dim` is that of the embeddings and of the encoder.
-
-    Raises ValueError where the sizes do not go together.
-    """
+    """Sizes of the model; `dim` is that of the embeddings and of the encoder."""
 
     dim: int
     depth: int
@@ -167,11 +164,13 @@ class LVMAEConfig:
     input_scale: float | None = None  # None: sqrt(dim)
 
     def __post_init__(self):
-        for name in ("heads", "decoder_heads"):
-            heads = getattr(self, name)
-            dim = getattr(self, name.replace("heads", "dim"))
+        """Refuse widths that are odd or that the heads do not divide."""
+        for dim, heads in (
+            (self.dim, self.heads),
+            (self.decoder_dim, self.decoder_heads),
+        ):
             if dim % 2 or dim % heads:
-                raise ValueError(f"{name} {heads} must divide a width of {dim}, even")
+                raise ValueError(f"width {dim}, {heads} heads: must be even, divisible")
 
 
 class LVMAE(nn.Module):
@@ -364,11 +363,10 @@ def index_names(videos):
     return index
 
 
-def load_checkpoint(path, data, device):
-    """Read a checkpoint of train.py -> LVMAE, and all that is in it as a dict.
+def read_checkpoint(path):
+    """Read a checkpoint of train.py -> LVMAE on the CPU, and all that is in it as a dict.
 
-    Raises SystemExit where it is damaged, not finite or made for another size; warns
-    where it was trained on embeddings of another encoder than those of `data`.
+    Raises SystemExit where it is damaged, not finite, or made by other code.
     """
     try:
         with zipfile.ZipFile(path) as file:
@@ -385,20 +383,26 @@ def load_checkpoint(path, data, device):
 
     for name, weights in model.state_dict().items():
         require(weights.isfinite().all(), f"{path}: {name} is not finite: train anew")
+    return model.eval(), checkpoint
+
+
+def load_checkpoint(path, data, device):
+    """Read a checkpoint for the embeddings of `data` -> LVMAE on the device, the dict."""
+    model, checkpoint = read_checkpoint(path)
     dim = model.config.dim
     found = data.embeddings[0].shape[1]
     require(dim == found, f"{path} is for embeddings of {dim}, {data.path} has {found}")
-    compare_encoders(path, checkpoint.get("encoder", {}), data)
-    return model.to(device).eval(), checkpoint
+    compare_encoders(path, checkpoint.get("encoder", {}), data.path, data.meta)
+    return model.to(device), checkpoint
 
 
-def compare_encoders(path, meta, data):
-    """Warn where the encoder named in `meta`, of file `path`, is not that of `data`."""
+def compare_encoders(path, meta, other_path, other_meta):
+    """Warn where two files, by their meta, hold embeddings of different encoders."""
     for key in ("model", "pretrained"):
-        theirs = meta.get(key, "unknown")
-        ours = data.meta.get(key, "unknown")
-        if theirs != ours:
-            message = f"warning: {path}: {key} {theirs}, but {data.path}: {ours}"
+        one = meta.get(key, "unknown")
+        other = other_meta.get(key, "unknown")
+        if one != other:
+            message = f"warning: {path}: {key} {one}, but {other_path}: {key} {other}"
             print(message, file=sys.stderr)
 
 

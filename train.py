@@ -1,13 +1,24 @@
-"""Stage 2 of LV-MAE: pre-train the masked autoencoder on segment embeddings (section 3.3, Table 5).
+"""Stage 2 of LV-MAE: pre-train on segment embeddings (section 3.3, Table 5).
 
-    out.npz --crop, mask--> batch (B, N, D) --model.py, Eq. (3)--> lvmae.pt and lvmae.jsonl
+    out.npz --crop, mask--> batch (B, N, D) --model.py, Eq. (3)--> lvmae.pt, lvmae.jsonl
 
     python train.py --data out.npz --mask semantic
-    torchrun --nproc-per-node 8 train.py --data part*.npz --preset paper
 
-First it prints what trivial predictors score on the validation masks, then a line an epoch. On the
-240 videos of the toy world it takes 2 minutes on one CPU core, and its last line is like
+First it prints what trivial predictors reach on the validation videos, then a line an
+epoch. On the 240 videos of the toy world it takes 2 minutes on one CPU core and ends
+with a line like
+
     lvmae.pt: 120 epochs, validation cosine 0.7740, trivial 0.5976
+
+The defaults suit a few hundred videos. The paper's setting, on 8 GPUs:
+
+    torchrun --nproc-per-node 8 train.py --data part*.npz --depth 32 --heads 16 \\
+        --decoder-dim 512 --decoder-depth 8 --decoder-heads 16 \\
+        --epochs 150 --warmup-epochs 40 --base-lr 1.5e-4 --batch-size 16
+
+Depth, epochs, warm-up, rate and batch size are those of Table 5. The paper is silent on
+the heads and on the decoder: here they are MAE's. On one GPU: `python train.py` with the
+same flags, but `--batch-size 128`, since the rate grows with the videos of a step.
 """
 
 import argparse
@@ -15,139 +26,135 @@ import json
 import math
 import os
 import time
-import zipfile
 from dataclasses import asdict
-from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import model as lvmae
-from model import require
+from model import (
+    LVMAE,
+    MASKS,
+    LVMAEConfig,
+    check_outputs,
+    collate,
+    compare_encoders,
+    index_names,
+    load_data,
+    masked_loss,
+    number,
+    pick_device,
+    read_checkpoint,
+    read_rank,
+    replacing,
+    require,
+)
 
-PRESETS = {
-    # Table 5 and section 7; 16 videos per process, on 8 GPUs.
-    "paper": dict(depth=32, heads=16, decoder_dim=512, decoder_depth=8, decoder_heads=16,
-                  epochs=150, warmup_epochs=40, base_lr=1.5e-4),
-    # For a few hundred videos on a CPU. On so few, two layers reconstruct better than four or six.
-    "compact": dict(depth=2, heads=8, decoder_dim=256, decoder_depth=2, decoder_heads=8,
-                    epochs=120, warmup_epochs=5, base_lr=8e-3),
-}
-
-
-def get_args(argv=None):
-    """Read the command line."""
-    first = argparse.ArgumentParser(add_help=False)  # the preset: other defaults depend on it
-    first.add_argument("--preset", choices=PRESETS, default="compact", help="sizes and schedule")
-    parser = argparse.ArgumentParser(parents=[first],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    # Files
-    add("--data", nargs="+", default=["out.npz"], metavar="FILE", help="npz files of extract.py")
-    add("--out", default="lvmae.pt", help="checkpoint; the log stands beside it, as .jsonl")
-    add("--resume", action="store_true", help="continue from --out if it is there")
-    # Masking
-    add("--mask", choices=lvmae.MASKS, default="random", help="what to mask")
-    add("--mask-ratio", type=float, help="share of masked segments; random 0.4, semantic 0.5")
-    # Sizes; the encoder is as wide as the embeddings
-    add("--depth", type=int, help="layers of the encoder")
-    add("--heads", type=int, help="attention heads of the encoder")
-    add("--decoder-dim", type=int, help="width of the decoder")
-    add("--decoder-depth", type=int, help="layers of the decoder")
-    add("--decoder-heads", type=int, help="attention heads of the decoder")
-    add("--max-segments", type=int, default=256, help="longest stretch to train on, in segments")
-    add("--input-scale", type=float, help="factor on the embeddings; None: sqrt(D)")
-    # Optimisation
-    add("--epochs", type=int, help="passes over the training videos")
-    add("--warmup-epochs", type=float, help="epochs of linear warm-up")
-    add("--batch-size", type=int, default=16, help="videos per process and step")
-    add("--base-lr", type=float, help="peak rate for 256 videos a step; 16 have a 16th of it")
-    add("--weight-decay", type=float, default=0.05, help="of AdamW, not on biases and norms")
-    add("--beta1", type=float, default=0.9, help="of AdamW")
-    add("--beta2", type=float, default=0.95, help="of AdamW")
-    # The run
-    add("--val-share", type=float, default=0.1, help="share of the videos kept for validation")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where")
-    add("--seed", type=int, default=0, help="of weights, split, crops and masks")
-
-    parser.set_defaults(**PRESETS[first.parse_known_args(argv)[0].preset])
-    args = parser.parse_args(argv)
-    if args.mask_ratio is None:
-        args.mask_ratio = {"random": 0.4, "semantic": 0.5}[args.mask]  # the best of Figure 2
-    if min(args.epochs, args.batch_size, args.max_segments - 1) < 1:
-        parser.error("--epochs and --batch-size must be 1 or more, --max-segments 2 or more")
-    if not 0 < args.mask_ratio < 1:
-        parser.error(f"--mask-ratio {args.mask_ratio}: must lie between 0 and 1")
-    return args
+# ---- Batches (section 3.3) -------------------------------------------------------------
 
 
-def seeded(seed, epoch=0):
-    """A generator that depends on these two alone, so that any epoch can be drawn again.
+def seeded(seed, epoch=0, rank=0):
+    """Make a generator from these numbers alone: any epoch can be drawn again."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + rank * 10_007 + epoch)
 
-    Epoch 0 stands for what holds in all epochs: the split and the validation masks.
+
+def crop(videos, max_segments, generator):
+    """Cut a random stretch out of each video (n, D), so that lengths vary.
+
+    Paper: "randomly sample a duration", "entire videos or portions of them".
+    Here: uniform from 2 to n segments, at most max_segments.
     """
-    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    u, v = torch.rand(2, len(videos), generator=generator, dtype=torch.double).tolist()
+    crops = []
+    for i, video in enumerate(videos):
+        longest = min(len(video), max_segments)
+        size = 2 + int(u[i] * (longest - 1))  # 2 to longest
+        start = int(v[i] * (len(video) - size + 1))
+        crops.append(video[start : start + size])
+    return crops
 
 
-def read_videos(files, val_share, seed):
-    """Read npz files as one -> Data, indices of the training and of the validation videos.
-
-    Each file is split by itself, so the split does not depend on which process reads which file.
-    """
-    parts, train, val, offset = [lvmae.load_data(path) for path in files], [], [], 0
-    for part in parts:
-        D, first_D = part.embeddings.shape[1], parts[0].embeddings.shape[1]
-        require(D == first_D, f"{part.path}: embeddings of size {D}, but {files[0]} has {first_D}")
-        usable = (part.lengths > 1).nonzero()[:, 0]  # one segment alone: nothing to predict it from
-        n, n_val = len(usable), max(1, round(val_share * len(usable)))
-        require(n_val < n, f"{part.path}: {n} videos of 2 or more segments: too few")
-        order = usable[torch.randperm(n, generator=seeded(seed))] + offset
-        val.append(order[:n_val])
-        train.append(order[n_val:])
-        offset += len(part.videos)
-    embeddings = torch.cat([part.embeddings for part in parts]) if parts[1:] else part.embeddings
-    lengths = torch.cat([part.lengths for part in parts])
-    first = lengths.cumsum(0) - lengths  # of all files, only these three: training needs no more
-    data = parts[0]._replace(embeddings=embeddings, lengths=lengths, first=first)
-    return data, torch.cat(train), torch.cat(val)
-
-
-def training_batches(data, videos, args, epoch, steps, share):
-    """Yield the batches of an epoch: (embeddings (B, N, D), lengths (B,), is_masked (B, N))."""
-    generator = seeded(args.seed, epoch)
-    order = videos[torch.randperm(len(videos), generator=generator)]
+def training_batches(videos, steps, args, generator):
+    """Yield an epoch: embeddings (B, N, D), lengths (B,), is_masked (B, N)."""
+    order = torch.randperm(len(videos), generator=generator)
     for batch in order.tensor_split(steps):
-        lengths, first = crop(data.lengths[batch], data.first[batch], args.max_segments, generator)
-        x = lvmae.pad(data.embeddings, first, lengths)  # (B, N, D)
-        is_masked = lvmae.MASKS[args.mask](x, lengths, args.mask_ratio, generator)  # (B, N)
-        yield x[share], lengths[share], is_masked[share]
+        crops = crop([videos[i] for i in batch], args.max_segments, generator)
+        embeddings, lengths = collate(crops)
+        mask = MASKS[args.mask]
+        is_masked = mask(embeddings, lengths, args.mask_ratio, generator)
+        yield embeddings, lengths, is_masked
 
 
-def crop(lengths, first, max_segments, generator):
-    """Section 3.3, "Training strategy": train on stretches of the videos, so that lengths vary.
+def validation_batches(videos, args):
+    """Yield the validation videos {number: (n, D)}, masked alike in every epoch.
 
-    Paper: "randomly sample a duration". Here: uniform from 2 to min(n, --max-segments) segments.
+    They are whole, up to max_segments. A mask depends on the seed and on the number of
+    the video, but not on the batch, the epoch or the number of processes.
     """
-    u, v = torch.rand(2, len(lengths), generator=generator, dtype=torch.double)
-    size = 2 + (u * (lengths.clamp(max=max_segments) - 1)).long()  # (B,)
-    return size, first + (v * (lengths - size + 1)).long()
+    mask = MASKS[args.mask]
+    numbers = sorted(videos, key=lambda i: len(videos[i]))  # alike: little padding
+    for first in range(0, len(numbers), 16):
+        crops = []
+        masks = []
+        for i in numbers[first : first + 16]:
+            video = videos[i][: args.max_segments]
+            alone, length = collate([video])  # (1, n, D), (1,)
+            is_masked = mask(alone, length, args.mask_ratio, seeded(args.seed, i))
+            crops.append(video)
+            masks.append(is_masked[0])  # (n,)
+        embeddings, lengths = collate(crops)
+        yield embeddings, lengths, pad_sequence(masks, batch_first=True)
+
+
+# ---- What a model must beat ------------------------------------------------------------
+
+TRIVIAL = ("visible mean", "interpolation", "average of both")
+
+
+def trivial_predictions(embeddings, lengths, is_masked):
+    """Guess the masked embeddings without training -> {name: (B, N, D)}.
+
+    Arguments as of LVMAE.forward, all on the CPU. Only the masked places count.
+    """
+    mean = torch.zeros_like(embeddings)  # (B, N, D)
+    line = torch.zeros_like(embeddings)  # (B, N, D)
+    for b, n in enumerate(lengths.tolist()):
+        visible = (~is_masked[b, :n]).nonzero()[:, 0]  # (n_visible,), their places
+        mean[b, :n] = embeddings[b, visible].mean(0)
+
+        # Between the visible neighbours; beyond the first or last one, that one.
+        place = torch.arange(n)
+        after = torch.searchsorted(visible, place)  # (n,), the visible one at or after
+        before = (torch.searchsorted(visible, place, right=True) - 1).clamp(min=0)
+        left = visible[before]  # (n,)
+        right = visible[after.clamp(max=len(visible) - 1)]  # (n,)
+        weight = (place - left) / (right - left).clamp(min=1)  # (n,)
+        weight = weight.clamp(0, 1)[:, None].to(embeddings.dtype)
+        line[b, :n] = embeddings[b, left].lerp(embeddings[b, right], weight)
+    both = (mean + line) / 2
+    return {"visible mean": mean, "interpolation": line, "average of both": both}
+
+
+# ---- Training (Table 5) ----------------------------------------------------------------
 
 
 def make_optimizer(model, args):
-    """AdamW of Table 5; biases and norms do not decay."""
+    """AdamW of Table 5. Paper: weight decay 0.05. Here: not on biases and norms."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [dict(params=matrices, weight_decay=args.weight_decay),
-              dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, betas=(args.beta1, args.beta2), fused=True)
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 def learning_rate(epoch, args, world):
     """Table 5: linear warm-up, then cosine decay to zero; `epoch` has a fraction."""
-    # Paper: "base learning rate". Here, as in MAE: the rate for 256 videos a step, to be scaled.
+    # Paper: "base learning rate". Here, as in MAE: the rate for 256 videos a step.
     peak = args.base_lr * args.batch_size * world / 256
     if epoch < args.warmup_epochs:
         return peak * epoch / args.warmup_epochs
@@ -155,144 +162,377 @@ def learning_rate(epoch, args, world):
     return peak * (1 + math.cos(math.pi * progress)) / 2
 
 
-def total(x):
+def sum_all(x):
     """Sum a tensor over all processes."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
 
 
-def train_epoch(net, optimizer, batches, epoch, steps, args, world, device):
-    """One pass over the videos -> mean loss over their masked segments, number of segments."""
-    sums = torch.zeros(3, device=device)  # loss of the masked segments, their number, all segments
-    for step, (x, lengths, is_masked) in enumerate(batches):
+def train_epoch(net, optimizer, batches, epoch, steps, args, world):
+    """Take the steps of an epoch -> mean loss of a masked segment, last learning rate."""
+    net.train()
+    device = next(net.parameters()).device
+    sums = torch.zeros(2, device=device)  # loss, masked segments
+    for step, (embeddings, lengths, is_masked) in enumerate(batches):
+        lr = learning_rate(epoch + (step + 0.5) / steps, args, world)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(epoch + (step + 0.5) / steps, args, world)
+            group["lr"] = lr
+
+        embeddings = embeddings.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, _ = net(lvmae.send(x, device), lengths, is_masked)
-        # DDP averages the gradients of the processes, but the loss is a mean over the masked
-        # segments of them all: each process is weighted by its share of these.
-        counts = lvmae.send(torch.stack([is_masked.sum(), lengths.sum()]), device)
-        (loss * counts[0] * world / total(counts[0].clone())).backward()
+            loss, _ = net(embeddings, lengths, is_masked)
+
+        # DDP averages gradients over processes, but the loss is a mean over the masked
+        # segments of them all: each process counts by its share of these.
+        n_masked = is_masked.sum().to(device)
+        share = n_masked / sum_all(n_masked.clone())
+        (loss * share * world).backward()
         optimizer.step()
         optimizer.zero_grad()
-        sums += torch.cat([loss.detach()[None] * counts[0], counts])  # nothing waits for the GPU
-    loss, masked, segments = total(sums).tolist()
-    return loss / masked, segments
+        sums += torch.stack([loss.detach() * n_masked, n_masked])
+    loss, masked = sum_all(sums).tolist()
+    return {"loss": loss / masked, "lr": lr}
+
+
+def score(predictions, embeddings, is_masked):
+    """Sums over the masked segments -> (3,): loss of Eq. (3), cosine, their number."""
+    n = is_masked.sum().to(embeddings.device)
+    loss = masked_loss(predictions, embeddings, is_masked)
+    cosine = F.cosine_similarity(predictions, embeddings, dim=2)[is_masked]  # (masked,)
+    return torch.stack([loss * n, cosine.sum(), n])
+
+
+def mean_score(sums):
+    """Turn the sums of all processes into means, as they stand in the log."""
+    loss, cosine, masked = sum_all(sums).tolist()
+    return {"val_loss": loss / masked, "cosine": cosine / masked}
 
 
 @torch.no_grad()
-def evaluate(predict, data, batches, args, device):
-    """Mean loss of Eq. (3) and mean cosine over the masked segments of the validation videos.
+def evaluate(model, batches, device):
+    """Score the model on the masked segments of all batches."""
+    model.eval()
+    sums = torch.zeros(3, device=device)
+    for embeddings, lengths, is_masked in batches:
+        embeddings = embeddings.to(device)
+        _, predictions = model(embeddings, lengths, is_masked)  # (B, N, D)
+        sums += score(predictions, embeddings, is_masked)
+    return mean_score(sums)
 
-    These are not cropped, except to --max-segments, and masked alike in every epoch.
+
+def evaluate_trivial(batches, device):
+    """Score each trivial predictor on the same segments -> a list, one line each."""
+    sums = torch.zeros(len(TRIVIAL), 3)
+    for embeddings, lengths, is_masked in batches:
+        guesses = trivial_predictions(embeddings, lengths, is_masked)
+        for row, name in enumerate(TRIVIAL):
+            sums[row] += score(guesses[name], embeddings, is_masked)
+    lines = []
+    for name, row in zip(TRIVIAL, sums.to(device), strict=True):
+        lines.append({"predictor": name, **mean_score(row)})
+    return lines
+
+
+# ---- Files and flags -------------------------------------------------------------------
+
+
+def read_names(path):
+    """Read a file of names, one a line -> set."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            names = {line.strip() for line in file}
+    except (OSError, UnicodeError) as error:
+        raise SystemExit(f"{path}: found {error}, expected names, one a line") from None
+    return names - {""}
+
+
+def read_videos(args, rank, world):
+    """Read this process's share: every world-th of the videos to train or validate on.
+
+    -> {number of the video among all: (n, D)}, names of all, meta of the first file.
+    Memory falls with the processes: only the share of a file is kept.
     """
-    sums = torch.zeros(3)  # squared distance, cosine, number of masked segments
-    for videos in batches:
-        lengths = data.lengths[videos].clamp(max=args.max_segments)
-        x = lvmae.pad(data.embeddings, data.first[videos], lengths)  # (B, N, D)
-        is_masked = lvmae.MASKS[args.mask](x, lengths, args.mask_ratio, seeded(args.seed))
-        predictions = predict(x.to(device), lengths, is_masked).cpu()[is_masked]  # (masked, D)
-        distance = (predictions - x[is_masked]).square().sum(1)  # (masked,)
-        cosine = F.cosine_similarity(predictions, x[is_masked])  # (masked,)
-        sums += torch.stack([distance.sum(), cosine.sum(), is_masked.sum()])
-    distance, cosine, masked = total(sums.to(device)).tolist()
-    return distance / masked, cosine / masked
-
-
-def settings(args, world):
-    """What a run that goes on must have in common with its beginning."""
-    free = ("data", "out", "resume", "device", "batch_size")
-    kept = {f"--{name.replace('_', '-')}": x for name, x in vars(args).items() if name not in free}
-    kept |= {"--batch-size x processes": args.batch_size * world, "--data": []}
+    excluded = set()
+    if args.exclude:
+        excluded = read_names(args.exclude)
+    known = set()  # those of the excluded names that are found
+    videos = {}
+    names = []
+    metas = []
     for path in args.data:
-        with zipfile.ZipFile(path) as file:  # it holds a checksum of each array
-            checksum = sum(array.CRC for array in file.infolist())
-            kept["--data"].append(f"{os.path.basename(path)} ({checksum:x})")
-    return kept
+        data = load_data(path)
+        metas.append(data.meta)
+        compare_encoders(path, data.meta, args.data[0], metas[0])
+
+        index = index_names(data.videos)
+        left_out = set()
+        for name in excluded.intersection(index):
+            known.add(name)
+            left_out.update(index[name])
+
+        for i, video in enumerate(data.embeddings):
+            # A video of one segment: there is nothing to predict it from.
+            if i in left_out or len(video) < 2:
+                continue
+            if len(names) % world == rank:
+                videos[len(names)] = video.clone()  # a view would keep the whole file
+            names.append(data.videos[i])
+
+    sizes = {video.shape[1] for video in videos.values()}
+    require(videos, f"{args.data}: {len(names)} videos of 2 or more segments: too few")
+    require(len(sizes) == 1, f"{args.data}: embeddings of different sizes: {sizes}")
+    if args.exclude and rank == 0:
+        n_unknown = len(excluded - known)
+        print(f"--exclude: {len(excluded)} names, {n_unknown} of them match no video")
+    return videos, names, metas[0]
+
+
+def split(n, val_share, seed):
+    """Split the numbers of n videos -> those to train on, those to validate on.
+
+    It depends on the seed, not on the processes.
+    """
+    order = torch.randperm(n, generator=seeded(seed)).tolist()
+    n_val = round(val_share * n)
+    if val_share > 0:
+        n_val = max(n_val, 1)
+    return order[n_val:], order[:n_val]
+
+
+def log_of(path):
+    """Name of the log of a checkpoint: lvmae.jsonl for lvmae.pt."""
+    return path.removesuffix(".pt") + ".jsonl"
+
+
+def save(path, checkpoint):
+    """Write a checkpoint and, beside it, its log: one JSON object a line."""
+    with replacing(path) as file:
+        torch.save(checkpoint, file)
+    with replacing(log_of(path)) as file:
+        for line in checkpoint["log"]:
+            file.write(json.dumps(line).encode() + b"\n")
+
+
+def resume(path, model, optimizer, about):
+    """Load a checkpoint into model and optimizer -> epochs done, log.
+
+    Raises SystemExit where it was made from other videos or with other flags than
+    `about` says. A flag that is newer than the checkpoint may have any value.
+    """
+    loaded, checkpoint = read_checkpoint(path)
+    for name, then in checkpoint["args"].items():
+        now = about["args"].get(name, then)
+        flag = "--" + name.replace("_", "-")
+        require(now == then, f"{path}: made with {flag} {then}, found {now}")
+    for key in ("config", "videos"):
+        is_same = checkpoint[key] == about[key]
+        require(is_same, f"{path}: {key}: not those of the data that is given")
+    model.load_state_dict(loaded.state_dict())
+
+    # AdamW does not look at shapes: with wrong ones it would crash the process.
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        for i, p in enumerate(parameters):
+            state = checkpoint["optimizer"]["state"][i]
+            if not state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape:
+                raise ValueError(f"moments {i} of another shape than the weights")
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except Exception as error:
+        raise SystemExit(f"{path}: optimizer: found {error!r:.200}") from None
+    return checkpoint["epoch"], checkpoint["log"]
+
+
+def build_model(args, dim):
+    """Make the model for embeddings of size dim, with the sizes of the flags."""
+    torch.manual_seed(args.seed)
+    try:
+        config = LVMAEConfig(
+            dim=dim,
+            depth=args.depth,
+            heads=args.heads,
+            decoder_dim=args.decoder_dim,
+            decoder_depth=args.decoder_depth,
+            decoder_heads=args.decoder_heads,
+            max_segments=args.max_segments,
+            input_scale=args.input_scale,
+        )
+    except ValueError as error:
+        raise SystemExit(f"--heads, --decoder-heads: {error}") from None
+    return LVMAE(config)
+
+
+def get_args(argv=None):
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    whole = number(int, 1)
+    positive = number(float, 0)
+    share = number(float, 0, 0.9)
+    # Files
+    add("--data", nargs="+", default=["out.npz"], metavar="FILE", help="npz files")
+    add("--exclude", metavar="FILE", help="names of videos to leave out, one a line")
+    add("--out", default="lvmae.pt", help="checkpoint; the log is beside it, as .jsonl")
+    add("--resume", action="store_true", help="go on from --out if it is there")
+    add("--val-share", type=share, default=0.1, help="of the videos; 0: no validation")
+    # Masking
+    add("--mask", choices=MASKS, default="random", help="what to mask")
+    add(
+        "--mask-ratio",
+        type=number(float, 0.001, 0.999),
+        default=0.5,
+        help="share of segments to mask; paper: 0.4 for random, 0.5 for semantic",
+    )
+    # Sizes; the encoder is as wide as the embeddings
+    add("--depth", type=whole, default=2, help="layers of the encoder")
+    add("--heads", type=whole, default=8, help="attention heads of the encoder")
+    add("--decoder-dim", type=whole, default=256, help="width of the decoder")
+    add("--decoder-depth", type=whole, default=2, help="layers of the decoder")
+    add("--decoder-heads", type=whole, default=8, help="attention heads of the decoder")
+    add(
+        "--max-segments",
+        type=number(int, 2),
+        default=256,
+        help="longest stretch to train on, in segments",
+    )
+    add(
+        "--input-scale",
+        type=number(float, 1e-6),
+        help="factor on the embeddings; None: sqrt(D), as positions have that length",
+    )
+    # Optimisation
+    add("--epochs", type=whole, default=120, help="passes over the training videos")
+    add("--warmup-epochs", type=positive, default=5, help="epochs of linear warm-up")
+    add("--batch-size", type=whole, default=16, help="videos per step and process")
+    add(
+        "--base-lr", type=positive, default=8e-3, help="peak rate for 256 videos a step"
+    )
+    add("--weight-decay", type=positive, default=0.05, help="not on biases and norms")
+    # The run
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of all that is random")
+    return parser.parse_args(argv)
+
+
+def check_files(args):
+    """Refuse, before any work, files that are missing or must not be written."""
+    inputs = list(args.data)
+    if args.exclude:
+        inputs.append(args.exclude)
+    log = log_of(args.out)
+    check_outputs({args.out: ".pt", log: ".jsonl"}, inputs)
+    is_ours = os.path.exists(args.out) or not os.path.exists(log)
+    require(is_ours, f"{log}: there, but not {args.out}, so not its log: rename one")
+
+
+def describe(args, world, model, encoder, videos):
+    """What a checkpoint tells of its run; one that goes on must tell the same."""
+    flags = vars(args) | {"batch_size x processes": args.batch_size * world}
+    for name in ("data", "exclude", "out", "resume", "device", "batch_size"):
+        del flags[name]
+    return {
+        "config": asdict(model.config),
+        "args": flags,
+        "encoder": encoder,
+        "videos": videos,
+    }
+
+
+def is_finite(model, line):
+    """Say whether all weights and all numbers of a line of the log are finite."""
+    weights = all(p.isfinite().all() for p in model.parameters())
+    return weights and all(map(math.isfinite, line.values()))
+
+
+def print_line(line):
+    """Print a line of the log."""
+    texts = []
+    for key, value in line.items():
+        if isinstance(value, float):
+            value = f"{value:<8.4g}"
+        texts.append(f"{key} {value}")
+    print("  ".join(texts), flush=True)
+
+
+def print_beginning(model, steps, log):
+    """Print the size of the work, and what the trivial predictors reach."""
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{size:.1f} M parameters, {steps} steps an epoch")
+    for line in log:
+        print_line(line)
+
+
+def print_end(path, log):
+    """Print what the training has reached, and what it had to beat."""
+    text = f"{path}: {log[-1]['epoch']} epochs"
+    if "cosine" in log[-1]:
+        trivial = max(line["cosine"] for line in log if "predictor" in line)
+        text += f", validation cosine {log[-1]['cosine']:.4f}, trivial {trivial:.4f}"
+    print(text)
 
 
 def main(args):
-    """Train; write a line of the log and a checkpoint after each epoch."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
-    device = lvmae.pick_device(args.device)
-    say = partial(print, flush=True) if rank == 0 else lambda line: None
+    """Train; after each epoch write a checkpoint and a line of the log."""
+    check_files(args)
+    rank, world = read_rank()
+    device = pick_device(args.device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
 
-    # Fewer files than processes: all read all of them, and each takes its share of every batch.
-    # Otherwise each reads its share of the files, and draws its batches from them.
-    is_shared = len(args.data) < world
-    files = args.data if is_shared else args.data[rank::world]
-    share = slice(rank, None, world) if is_shared else slice(None)
-    data, train, val = read_videos(files, args.val_share, args.seed)
-    counts = torch.tensor([len(train), len(val)], device=device)
-    videos, held_out = (counts if is_shared else total(counts)).tolist()  # of all processes
-    steps = max(1, round(videos / (args.batch_size * world)))  # in an epoch
-    require(len(train[share]) >= steps, f"{files}: too few videos for {world} processes")
-    val = val[data.lengths[val].argsort(stable=True)]  # similar lengths together: little padding
-    val_batches = val.split(16)[share]  # not --batch-size, on which masks must not depend
+    # Videos: those of this process; the split is that of all
+    videos, names, encoder = read_videos(args, rank, world)
+    train_numbers, val_numbers = split(len(names), args.val_share, args.seed)
+    train = [videos[i] for i in train_numbers if i in videos]
+    val = {i: videos[i] for i in val_numbers if i in videos}
+    steps = max(1, round(len(train_numbers) / (args.batch_size * world)))  # an epoch
+    require(len(train) >= steps, f"{args.data}: {len(names)} videos: too few")
 
-    config = lvmae.LVMAEConfig(
-        data.embeddings.shape[1], args.depth, args.heads, args.decoder_dim, args.decoder_depth,
-        args.decoder_heads, args.max_segments, args.input_scale)
-    require(config.dim % config.heads == config.decoder_dim % config.decoder_heads == 0,
-            f"--heads {config.heads}: must divide {config.dim}, the embedding size; "
-            f"--decoder-heads {config.decoder_heads}: must divide {config.decoder_dim}")
-    torch.manual_seed(args.seed)
-    model = lvmae.LVMAE(config).to(device)
-    optimizer, flags, log = make_optimizer(model, args), settings(args, world), []
+    # Model
+    model = build_model(args, dim=train[0].shape[1]).to(device)
+    optimizer = make_optimizer(model, args)
+    train_names = [names[i] for i in train_numbers]
+    about = describe(args, world, model, encoder, train_names)
+
+    # Where to begin
+    done = 0
+    log = []
     if args.resume and os.path.exists(args.out):
-        with lvmae.explain(args.out, "a checkpoint: make it with train.py"):
-            checkpoint = torch.load(args.out, map_location="cpu", weights_only=True)
-            for flag, now in flags.items():  # the same sizes and files: so the weights fit
-                then = checkpoint["args"].get(flag)
-                require(now == then, f"{args.out}: made with {flag} {then}, found {now}")
-            model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            log = checkpoint["log"]
-        del checkpoint
-    done = len(log)
-    is_same = total(torch.tensor([done], device=device)).item() == done * world
-    require(is_same, f"{args.out}: found different files, expected one that all machines share")
-    require(done < args.epochs, f"{args.out}: has all {args.epochs} epochs behind it")
+        done, log = resume(args.out, model, optimizer, about)
+    all_done = sum_all(torch.tensor(done, device=device)).item()
+    require(all_done == done * world, f"{args.out}: not the same for all processes")
+    if val_numbers and not log:
+        log = evaluate_trivial(validation_batches(val, args), device)
     net = DistributedDataParallel(model) if world > 1 else model
+    if rank == 0:
+        print(
+            f"{len(train_numbers)} videos to train on, {len(val_numbers)} to validate on"
+        )
+        print_beginning(model, steps, log)
 
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    say(f"{videos} videos to train on, {held_out} to validate on")
-    say(f"{size:.1f} M parameters on {device}, {steps} steps an epoch")
-    best = -1
-    for name in ("visible mean", "interpolation", "average of both"):
-        guess = lambda x, *b, name=name: lvmae.trivial_predictions(x.cpu(), *b)[name]  # noqa: E731
-        loss, cosine = evaluate(guess, data, val_batches, args, device)
-        say(f"trivial predictor: {name:<15}  val loss {loss:.4f}  cosine {cosine:.4f}")
-        best = max(best, cosine)
-
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    # Epochs
     begin = time.time()
     for epoch in range(done + 1, args.epochs + 1):
-        epoch_begin = time.time()
-        batches = lvmae.prefetch(training_batches(data, train, args, epoch, steps, share), 1)
-        bar = tqdm(batches, f"epoch {epoch}", steps, leave=False, disable=True if rank else None)
-        loss, segments = train_epoch(net, optimizer, bar, epoch - 1, steps, args, world, device)
-        require(math.isfinite(loss), f"epoch {epoch}: the loss is {loss}: lower --base-lr")
-        speed = segments / (time.time() - epoch_begin)
-        val_loss, cosine = evaluate(lambda *b: model(*b)[1], data, val_batches, args, device)
-        lr = optimizer.param_groups[0]["lr"]
-        eta = (time.time() - begin) / (epoch - done) * (args.epochs - epoch) / 60
-        say(f"epoch {epoch:3}/{args.epochs}  loss {loss:.4f}  val loss {val_loss:.4f}  "
-            f"cosine {cosine:.4f}  lr {lr:.1e}  {speed:,.0f} segments/s  ETA {eta:.1f} min")
-        log.append(dict(epoch=epoch, loss=loss, val_loss=val_loss, cosine=cosine, lr=lr))
+        batches = training_batches(train, steps, args, seeded(args.seed, epoch, rank))
         if rank == 0:
-            with open(os.path.splitext(args.out)[0] + ".jsonl", "w") as file:
-                file.writelines(json.dumps(line) + "\n" for line in log)
-            checkpoint = dict(model=model.state_dict(), config=asdict(config), epoch=epoch, log=log,
-                              optimizer=optimizer.state_dict(), args=flags, data=flags["--data"],
-                              encoder=data.meta)
-            torch.save(checkpoint, args.out + ".tmp")  # then moved: --out is always whole
-            os.replace(args.out + ".tmp", args.out)
-    say(f"{args.out}: {args.epochs} epochs, validation cosine {cosine:.4f}, trivial {best:.4f}")
+            batches = tqdm(batches, f"epoch {epoch}", steps, leave=False, disable=None)
+        line = {"epoch": epoch}
+        line |= train_epoch(net, optimizer, batches, epoch - 1, steps, args, world)
+        if val_numbers:
+            line |= evaluate(model, validation_batches(val, args), device)
+        require(is_finite(model, line), f"{line}: not saved, lower --base-lr")
+        log.append(line)
+
+        if rank == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            save(args.out, {**about, **state, "epoch": epoch, "log": log})
+            left = (time.time() - begin) / (epoch - done) * (args.epochs - epoch)
+            print_line({**line, "minutes left": left / 60})
+
+    if rank == 0:
+        print_end(args.out, log)
     if world > 1:
         dist.destroy_process_group()
 

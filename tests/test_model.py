@@ -1,6 +1,9 @@
 """Properties of the model and the masks (model.py)."""
 
+import argparse
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,14 +12,19 @@ import torch.nn.functional as F
 
 from model import (
     LVMAE,
+    MASKS,
     LVMAEConfig,
+    check_outputs,
+    collate,
+    index_names,
     load_checkpoint,
     load_data,
-    pad,
+    number,
     random_mask,
+    read_rank,
+    replacing,
     semantic_mask,
     sincos_positions,
-    trivial_predictions,
 )
 
 D, LENGTHS = 24, torch.tensor([2, 9, 32, 9, 5, 20])
@@ -100,7 +108,7 @@ def reference(model, embeddings, lengths, is_masked):
 @pytest.mark.parametrize(
     "lengths", [LENGTHS, torch.tensor([8, 8, 8])], ids=["ragged", "equal"]
 )
-@pytest.mark.parametrize("mask", [random_mask, semantic_mask])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_equals_reference_forward_and_gradients(lengths, mask, input_scale):
     """Catches errors of packing, grouping, key masks, positions, scale, loss and gradients."""
     model, embeddings = make_model(input_scale=input_scale), make_batch(lengths)
@@ -202,7 +210,7 @@ def test_names_and_shapes_are_those_of_mae():
     assert state["decoder_pos_embed"].shape == (1, 33, 16)
 
 
-@pytest.mark.parametrize("mask", [random_mask, semantic_mask])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("ratio", [0.01, 0.4, 0.5, 0.75, 0.99])
 def test_number_of_masked_segments(mask, ratio):
     """Catches a count off by one from float error, masked padding, nothing masked or visible."""
@@ -238,15 +246,14 @@ def test_semantic_mask_by_hand():
     assert semantic_mask(x, lengths, 0.5).int().tolist() == expected
 
 
-def test_trivial_predictions_by_hand():
-    """Catches a bar that is too low: wrong neighbours, wrong weights, masked segments used."""
-    x = torch.tensor([[0.0], [9.0], [9.0], [6.0], [9.0], [9.0]])[None]
-    is_masked = torch.tensor([[False, True, True, False, True, False]])
-    lengths = torch.tensor([5])  # the last one is padding
-    guess = trivial_predictions(x, lengths, is_masked)
-    assert guess["visible mean"][0, :5, 0].tolist() == [3.0] * 5
-    assert guess["interpolation"][0, :5, 0].tolist() == [0.0, 2.0, 4.0, 6.0, 6.0]
-    assert guess["average of both"][0, :5, 0].tolist() == [1.5, 2.5, 3.5, 4.5, 4.5]
+def test_config_refuses_widths_that_heads_do_not_divide():
+    """Catches heads that do not fit, and odd widths, whose positions are one short."""
+    for changes in (dict(heads=5), dict(decoder_heads=3), dict(dim=27, heads=3)):
+        with pytest.raises(ValueError, match="must be even, divisible"):
+            make_model(**changes)
+
+
+# ---- What the scripts share ---------------------------------------------------------
 
 
 def write_npz(path, **changes):
@@ -259,23 +266,39 @@ def write_npz(path, **changes):
     return str(path)
 
 
-def test_load_and_pad(tmp_path):
+def test_load_and_collate(tmp_path):
     """Catches rows that go to the wrong video, and optional keys that are not optional."""
-    data = load_data(write_npz(tmp_path / "x.npz"))
-    batch = pad(data.embeddings, data.first, data.lengths)
-    assert (
-        torch.equal(batch[0, :3], data.embeddings[:3].float()) and not batch[0, 3].any()
-    )
-    assert torch.equal(batch[1], data.embeddings[3:].float())
-    assert data.starts.tolist() == [0, 5, 10, 0, 5, 10, 15] and data.labels == ["", ""]
-    data = load_data(
-        write_npz(tmp_path / "x.npz", meta=np.array('{"segment_seconds": 2}'))
-    )
-    assert data.starts.tolist() == [0, 2, 4, 0, 2, 4, 6]
+    path = write_npz(tmp_path / "x.npz")
+    rows = torch.from_numpy(np.load(path)["embeddings"])
+    data = load_data(path)
+    batch, lengths = collate(data.embeddings)
+    assert lengths.tolist() == [3, 4] and batch.dtype == torch.float32
+    assert torch.equal(batch[0, :3], rows[:3].float()) and not batch[0, 3].any()
+    assert torch.equal(batch[1], rows[3:].float())
+    assert torch.cat(data.starts).tolist() == [0, 5, 10, 0, 5, 10, 15]
+    assert data.labels == ["", ""] and data.meta == {}
+    data = load_data(write_npz(path, meta=np.array('{"segment_seconds": 2}')))
+    assert torch.cat(data.starts).tolist() == [0, 2, 4, 0, 2, 4, 6]
+
+
+def test_unknown_arrays_are_not_read(tmp_path, monkeypatch):
+    """Catches a reader that loads arrays it does not know, nine times the memory."""
+    path = write_npz(tmp_path / "x.npz", frames=np.zeros((7, 8, D)))
+    read = []
+    get = np.lib.npyio.NpzFile.__getitem__
+
+    def spy(file, key):
+        read.append(key)
+        return get(file, key)
+
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", spy)
+    load_data(path)
+    assert "embeddings" in read and "frames" not in read
 
 
 ZERO_ROW = np.pad(np.eye(6, D), ((0, 1), (0, 0)))
 NAN_ROW = np.where(np.arange(7)[:, None] == 4, np.nan, np.eye(7, D))
+HUGE = np.array([2**63 - 1, 2**63 - 1, 9])  # in 64 bits these sum to 7
 
 
 @pytest.mark.parametrize(
@@ -285,24 +308,26 @@ NAN_ROW = np.where(np.arange(7)[:, None] == 4, np.nan, np.eye(7, D))
         (dict(lengths=None), "KeyError..lengths"),
         (dict(videos=None), "KeyError..videos"),
         (dict(embeddings=np.eye(7, D)[0]), "expected an npz with embeddings .S, D"),
-        (dict(embeddings=np.eye(7, D).astype(int)), "'embeddings'.*int64"),
-        (dict(embeddings=ZERO_ROW), "'embeddings'.*length 0 in row 6"),
-        (dict(embeddings=NAN_ROW), "'embeddings'.*length nan in row 4"),
-        (dict(embeddings=2 * np.eye(7, D)), "'embeddings'.*length 2 in row 0"),
-        (dict(lengths=np.array([3, 5])), "'lengths'.*3, 5.*sum 7"),
-        (dict(lengths=np.array([0, 7])), "'lengths'.*0, 7.*each > 0"),
-        (dict(lengths=np.array([3.0, 4.0])), "'lengths'.*float64"),
-        (dict(videos=np.array(["a"])), r"'videos'.*\(1,\)"),
-        (dict(videos=np.array(["a", "a"])), "'videos'.*twice"),
-        (
-            dict(videos=np.array(["a", "b"], dtype=object)),
-            "Object arrays.*expected an npz",
-        ),
-        (dict(starts=np.zeros(3)), r"'starts'.*\(3,\)"),
-        (dict(labels=np.array(["a"])), r"'labels'.*\(1,\)"),
-        (dict(starts=np.full(7, np.nan)), "'starts'.*finite"),
-        (dict(meta=np.array("{broken")), "'meta'.*JSON"),
-        (dict(meta=np.array("null")), "'meta'.*JSON"),
+        (dict(embeddings=np.eye(7, D).astype(int)), "embeddings: .*int64"),
+        (dict(embeddings=ZERO_ROW), "embeddings: row 6 has a length of 0, expected 1"),
+        (dict(embeddings=NAN_ROW), "embeddings: row 4 has a length of nan"),
+        (dict(embeddings=2 * np.eye(7, D)), "embeddings: row 0 has a length of 2"),
+        (dict(embeddings=1e30 * np.eye(7, D)), "embeddings: row 0 has a length of"),
+        (dict(lengths=np.array([3, 5])), "lengths: sum 8.*expected sum 7"),
+        (dict(lengths=np.array([0, 7])), "lengths: .*smallest 0"),
+        (dict(lengths=np.array([3.0, 4.0])), "lengths: float64"),
+        (dict(lengths=HUGE, videos=np.array(["a", "b", "c"])), "lengths: sum"),
+        (dict(videos=np.array(["a"])), r"videos: <U1 \(1,\)"),
+        (dict(videos=np.array(["a", "a"])), "videos: a name is empty or there twice"),
+        (dict(videos=np.array(["a", ""])), "videos: a name is empty or there twice"),
+        (dict(videos=np.array(["a", "b"], dtype=object)), "Object arrays"),
+        (dict(starts=np.zeros(3)), "starts: expected 7 finite seconds"),
+        (dict(starts=np.full(7, np.nan)), "starts: expected 7 finite seconds"),
+        (dict(labels=np.array(["a"])), r"labels: <U1 \(1,\)"),
+        (dict(meta=np.array("{broken")), "JSON"),
+        (dict(meta=np.array("null")), "JSON"),
+        (dict(meta=np.array('{"segment_seconds": -1}')), "segment_seconds is -1"),
+        (dict(meta=np.array('{"segment_seconds": "x"}')), "found ValueError"),
     ],
 )
 def test_broken_npz_is_refused(tmp_path, changes, message):
@@ -313,38 +338,138 @@ def test_broken_npz_is_refused(tmp_path, changes, message):
     assert "\n" not in str(error.value)
 
 
+def flip_a_bit(path):
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def test_files_that_are_no_npz(tmp_path):
-    """Catches a traceback where a file is missing, empty, cut or something else."""
+    """Catches a traceback, or wrong numbers, where a file is missing, cut or damaged."""
     (tmp_path / "text.npz").write_text("hello")
     (tmp_path / "empty.npz").write_text("")
     with open(tmp_path / "array.npz", "wb") as file:
         np.save(file, np.eye(3))  # one array alone, as in a .npy
-    whole = (
-        (tmp_path / "whole.npz").read_bytes()
-        if write_npz(tmp_path / "whole.npz")
-        else b""
-    )
+    whole = Path(write_npz(tmp_path / "flipped.npz")).read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
-    for name in ("missing", "text", "empty", "array", "cut"):
+    flip_a_bit(tmp_path / "flipped.npz")
+    for name in ("missing", "text", "empty", "array", "cut", "flipped"):
         with pytest.raises(SystemExit, match=f"{name}.npz: found .*expected an npz"):
             load_data(str(tmp_path / f"{name}.npz"))
 
 
-def test_checkpoint_that_does_not_fit(tmp_path):
-    """Catches a checkpoint loaded into other shapes, and tracebacks for wrong files."""
+def write_checkpoint(path, model, **changes):
+    config = vars(model.config) | changes.pop("config", {})
+    torch.save({"model": model.state_dict(), "config": config, **changes}, path)
+
+
+def test_checkpoint_that_does_not_fit(tmp_path, capsys):
+    """Catches a checkpoint of other shapes, damaged, not finite, or of other code."""
     data = load_data(write_npz(tmp_path / "x.npz"))
-    path, device = str(tmp_path / "m.pt"), torch.device("cpu")
-    with pytest.raises(
-        SystemExit, match="m.pt: found FileNotFound.*make it with train.py"
-    ):
-        load_checkpoint(path, data, device)
+    path = tmp_path / "m.pt"
+    model = make_model().float()
+
+    def error_of_loading():
+        with pytest.raises(SystemExit) as error:
+            load_checkpoint(str(path), data, torch.device("cpu"))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "m.pt: found FileNotFound" in error_of_loading()
     torch.save({"model": {}}, path)
-    with pytest.raises(SystemExit, match="m.pt: found .*expected a checkpoint"):
-        load_checkpoint(path, data, device)
-    (tmp_path / "m.pt").write_text(json.dumps({}))
-    with pytest.raises(SystemExit, match="m.pt: found .*expected a checkpoint"):
-        load_checkpoint(path, data, device)
-    model = make_model(dim=16).float()
-    torch.save({"model": model.state_dict(), "config": vars(model.config)}, path)
-    with pytest.raises(SystemExit, match="x.npz: .*size 24, .*m.pt has 16"):
-        load_checkpoint(path, data, device)
+    assert "expected a checkpoint" in error_of_loading()
+    path.write_text("{}")
+    assert "expected a checkpoint" in error_of_loading()
+    write_checkpoint(path, model, config={"loss": "cosine"})
+    assert "of other code: {'loss'}" in error_of_loading()
+    write_checkpoint(path, model, config={"depth": 3})
+    assert "expected a checkpoint" in error_of_loading()
+    write_checkpoint(path, make_model(dim=16).float())
+    assert "for embeddings of 16, " in error_of_loading()
+    write_checkpoint(path, model)
+    load_checkpoint(str(path), data, torch.device("cpu"))
+    flip_a_bit(path)
+    assert "m.pt" in error_of_loading()
+    torch.nn.init.constant_(model.norm.bias, float("nan"))
+    write_checkpoint(path, model)
+    assert "norm.bias is not finite" in error_of_loading()
+
+
+def test_another_encoder_is_said(tmp_path, capsys):
+    """Catches a checkpoint used in silence with embeddings of another encoder."""
+    write_checkpoint(tmp_path / "m.pt", make_model().float(), encoder={"model": "A"})
+    for name, words in (("A", ""), ("B", "m.pt: model A, but")):
+        meta = np.array(json.dumps({"model": name}))
+        data = load_data(write_npz(tmp_path / "x.npz", meta=meta))
+        load_checkpoint(str(tmp_path / "m.pt"), data, torch.device("cpu"))
+        said = capsys.readouterr().err
+        assert words in said and bool(said) == bool(words)
+
+
+def test_numbers_of_flags():
+    """Catches NaN, infinity or a value out of range that passes as a flag."""
+    share = number(float, 0, 0.9)
+    assert share("0.5") == 0.5 and number(int, 1)("3") == 3
+    for text in ("nan", "inf", "-0.1", "0.91"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{text}: expected 0 to"):
+            share(text)
+    with pytest.raises(argparse.ArgumentTypeError):
+        number(float, 0)("inf")
+
+
+def test_outputs_are_checked(tmp_path):
+    """Catches an output that replaces an input or a device, or fails after the work."""
+    (tmp_path / "in.npz").touch()
+    (tmp_path / "link.npz").symlink_to(tmp_path / "in.npz")
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.npz").mkdir()
+    os.mkfifo(tmp_path / "pipe.npz")
+    inputs = [str(tmp_path / "in.npz")]
+    wrong = {
+        "in.npz": "would replace an input",
+        "link.npz": "would replace an input",
+        "folder.npz": "no regular file",
+        "pipe.npz": "no regular file",
+        "file/x.npz": "cannot be written",
+        "x.pt": "ends in .npz",
+    }
+    for name, words in wrong.items():
+        with pytest.raises(SystemExit, match=words):
+            check_outputs({str(tmp_path / name): ".npz"}, inputs)
+    check_outputs({str(tmp_path / "new" / "x.npz"): ".npz"}, inputs)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()])
+def test_replacing_leaves_all_or_nothing(tmp_path, error):
+    """Catches a full disk or Ctrl-C that costs the old file, or leaves half a new one."""
+    path = tmp_path / "x.json"
+    path.write_text("old")
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        with replacing(str(path)) as file:
+            file.write(b"half of")
+            raise error
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.json"]
+    with replacing(str(path)) as file:
+        file.write(b"new")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["x.json"]
+
+
+def test_ranks_that_make_no_sense(monkeypatch):
+    """Catches a wrong RANK or WORLD_SIZE that takes no video, or the same as another."""
+    for rank, world in (("2", "2"), ("-1", "2"), ("a", "2"), ("0", "0"), ("0", "")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", world)
+        with pytest.raises(SystemExit, match="RANK"):
+            read_rank()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    assert read_rank() == (3, 4)
+
+
+def test_names_with_and_without_folder_and_ending():
+    """Catches a name that finds no video, or only the first of two."""
+    index = index_names(["a/one.x.mp4", "two.mp4", "b/two.avi"])
+    expected = {"a/one.x.mp4": [0], "one.x": [0], "a/one.x": [0], "two": [1, 2]}
+    for name, found in (expected | {"b/two": [2], "two.avi": [2]}).items():
+        assert index[name] == found
