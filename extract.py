@@ -1,17 +1,20 @@
-"""Stage 1 of LV-MAE: cut every video of a folder into 5-second segments and embed each of them.
+"""Stage 1 of LV-MAE: cut every video of a folder into 5-second segments, embed each.
 
-Section 3.1: a video is N consecutive segments of frames; a frozen encoder turns each into one
-embedding. Here that is an image tower of open_clip and the mean over the frames of a segment.
+Section 3.1: a video is N consecutive segments of frames, and a frozen encoder turns
+each segment into one embedding. Here the encoder is the image tower of an open_clip
+model, and a segment is the mean over its frames:
 
-    python extract.py videos/ out.npz                       # ViT-B-32, downloaded on first use
-    python extract.py videos/ out.npz --model FOLDER        # an open_clip model on disk
-    torchrun --nproc-per-node 2 extract.py videos/ out.npz  # two processes share the videos
+    video     |5 s|5 s|5 s|5 s| 3 s|     8 frames of each: the first of 8 equal slots
+                |   |   |   |   |
+    out.npz    (D) (D) (D) (D) (D)       embeddings (S, D) of all videos, unit length
 
-It ends with "97 of 100 videos, 4,812 segments; 3 failed:" and the list of these; ViT-B-32 takes 1.6
-core seconds per segment of 720p video. If it is stopped, the same command goes on from there.
-Processes on one file system split the videos by RANK and WORLD_SIZE, which torchrun sets; the last
-to finish writes out.npz, V videos of S segments in all: embeddings (S, D) float16 of unit length,
-lengths (V,), starts (S,) in seconds, videos (V,) paths, labels (V,) folder names, and meta, JSON.
+    python extract.py videos/ out.npz                   # ViT-B-32, downloaded on first use
+    python extract.py videos/ out.npz --model FOLDER    # an open_clip model on disk
+    torchrun --nproc-per-node 2 extract.py videos/ out.npz    # two share the videos
+
+It ends with "97 of 100 videos, 4,812 segments; 3 failed:" and the reasons of these. If
+it is stopped, the same command goes on from there. ViT-B-32 takes 1.6 core seconds for
+a segment of 720p video.
 """
 
 import argparse
@@ -19,251 +22,429 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import socket
 import sys
-import time
-from itertools import islice
-from pathlib import Path
-from urllib.request import getproxies
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+# Read when the libraries load. nonref: FFmpeg skips frames that no other frame needs, a
+# third of its work. Attempts: sound may lie for long between two frames. -8: damaged
+# videos would fill the screen. Passive: threads that wait must not take the decoder's core.
+os.environ.setdefault("OPENCV_FFMPEG_CAPTURE_OPTIONS", "avdiscard;nonref")
+os.environ.setdefault("OPENCV_FFMPEG_READ_ATTEMPTS", "1000000000")
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import cv2
-import huggingface_hub
 import numpy as np
 import open_clip
 import torch
-from safetensors import SafetensorError
+import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
-from model import explain, pick_device, prefetch, require
+from model import check_outputs, number, pick_device, read_rank, replacing, require
 
-VIDEO_ENDINGS = (".3gp", ".asf", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4",
-                 ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv")
+BATCH = 16  # frames: the fastest on a CPU, and a GPU waits for the decoder anyway
+ENDINGS = (".3gp", ".asf", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov")
+ENDINGS += (".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm")
+ENDINGS += (".wmv",)
+
+# ---- Segments of a video (section 3.1) -------------------------------------------------
+
+
+def decode(path, segment_seconds, frames_per_segment):
+    """Yield (segment, slot, frame): frames of a video in time order, numbers from 0.
+
+    A segment is cut into frames_per_segment equal slots, and the first frame of each is
+    taken: RGB, uint8 (height, width, 3). A slot without a frame is left out. Raises
+    BadVideo. Grabbing all frames is several times faster than seeking, and exact.
+    """
+    slot_seconds = segment_seconds / frames_per_segment
+    last_slot = -1
+    waiting = []
+    for begin, end, capture in grab_frames(path):
+        slot = int(begin / slot_seconds + 1e-6)  # counted from the start of the video
+        if slot > last_slot:
+            is_good, frame = capture.retrieve()
+            if is_good:
+                last_slot = slot
+                segment = slot // frames_per_segment
+                frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+                waiting.append((segment, slot % frames_per_segment, frame))
+
+        # Paper: silent on the tail. Here: half a segment or more is a segment, less is
+        # none. So frames wait until half of theirs is there; the first needs no half.
+        while waiting:
+            segment = waiting[0][0]
+            half = (segment + 0.5) * segment_seconds - 1e-3
+            if segment > 0 and end < half:
+                break
+            yield waiting.pop(0)
+
+
+def embed_video(path, clip, preprocess, segment_seconds, frames_per_segment):
+    """Embed the segments of one video -> embeddings (n, D) unit length, starts (n,).
+
+    Raises BadVideo.
+    """
+    size = max(clip.visual.image_size)
+    frames = decode(path, segment_seconds, frames_per_segment)
+    segments = []
+    embeddings = []
+    for numbers, images in prefetch(batches(frames, preprocess, size)):
+        segments += numbers
+        embeddings.append(encode(images, clip))  # (b, D)
+
+    # Paper: one call of a video encoder. Here: the mean over frames, made unit length.
+    segments, index = torch.tensor(segments).unique(return_inverse=True)  # (n,), (F,)
+    embeddings = torch.cat(embeddings)  # (F, D), F frames
+    sums = torch.zeros(len(segments), embeddings.shape[1])
+    sums.index_add_(0, index, embeddings)  # (n, D)
+    embeddings = F.normalize(sums, dim=1)
+    is_unit = (embeddings.norm(dim=1) - 1).abs() < 1e-3  # (n,), not where it is NaN
+    if not is_unit.all():
+        raise BadVideo("the encoder gave zeros or non-finite numbers")
+    return embeddings, segments * segment_seconds
+
+
+@torch.inference_mode()
+def encode(images, clip):
+    """Encode images (b, 3, H, W) -> embeddings (b, D) of unit length, on the CPU."""
+    device = clip.logit_scale.device
+    is_cuda = device.type == "cuda"
+    with torch.autocast(device.type, torch.float16, enabled=is_cuda):
+        embeddings = clip.encode_image(images.to(device))
+    return F.normalize(embeddings.float(), dim=1).cpu()
+
+
+def batches(frames, preprocess, size):
+    """Batch what decode yields -> lists of b segment numbers, images (b, 3, H, W)."""
+    segments = []
+    images = []
+    for segment, _, frame in frames:
+        frame = shrink(frame, size)
+        segments.append(segment)
+        images.append(preprocess(Image.fromarray(frame)))
+        if len(images) == BATCH:
+            yield segments, torch.stack(images)
+            segments = []
+            images = []
+    if images:
+        yield segments, torch.stack(images)
+
+
+def shrink(frame, size):
+    """Resize a frame so that its shorter side is `size`, unless it is smaller."""
+    # Pillow alone, from full size, takes twice as long, as much as half the decoding.
+    scale = size / min(frame.shape[:2])
+    if scale < 1:
+        area = cv2.INTER_AREA
+        frame = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=area)
+    return frame
+
+
+def prefetch(items):
+    """Yield items; a thread works out the next one while the last one is used."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        future = thread.submit(next, items, None)
+        while True:
+            try:
+                item = future.result()
+            except BadVideo:
+                raise
+            except Exception as error:  # whatever else a file does to the libraries
+                raise BadVideo(f"{error!r:.200}") from error
+            if item is None:
+                return
+            future = thread.submit(next, items, None)
+            yield item
+
+
+def load_encoder(model, pretrained, device):
+    """Load an open_clip model, frozen -> clip, preprocess (of a Pillow image).
+
+    Its tokenizer is open_clip.get_tokenizer(encoder_name(model)).
+    """
+    logging.disable(logging.CRITICAL)  # of pages of it, the line below says all
+    try:
+        with warnings.catch_warnings():
+            # Weights such as openai's with another activation: wrong embeddings.
+            warnings.filterwarnings("error", "QuickGELU mismatch")
+            # Without weights this raises; create_model would give random ones.
+            clip, preprocess = open_clip.create_model_from_pretrained(
+                encoder_name(model), pretrained, device=device
+            )
+    except Exception as error:
+        found = f"--model {model} --pretrained {pretrained}: found {error!r:.300}"
+        expected = "weights: give --model FOLDER (open_clip's) or --pretrained FILE"
+        raise SystemExit(f"{found}, expected {expected}") from None
+    logging.disable(logging.NOTSET)
+    return clip.eval(), preprocess
+
+
+def encoder_name(model):
+    """Name by which open_clip knows a model: a folder on disk, or one of its own."""
+    if os.path.isdir(model):
+        return f"local-dir:{model}"
+    return model
+
+
+# ---- Files of videos, and all that is odd in them --------------------------------------
+
+
+class BadVideo(Exception):
+    """A video cannot be read; the text says why."""
+
+
+def find_videos(root):
+    """List the videos below `root`, sorted, as paths relative to it, with '/'."""
+    videos = []
+    visited = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=print):
+        subfolders.sort()
+        real = os.path.realpath(folder)
+        if real in visited:  # a link to a folder above would make a loop
+            subfolders.clear()
+            continue
+        visited.add(real)
+        for file in files:
+            if file.lower().endswith(ENDINGS):
+                path = os.path.relpath(os.path.join(folder, file), root)
+                videos.append(path.replace(os.sep, "/"))
+    return sorted(videos)
+
+
+def open_video(path):
+    """Open a video in OpenCV; raises BadVideo."""
+    path = os.path.abspath(path)  # of a relative a:b.mp4, a would be a protocol
+    if not os.path.isfile(path):  # a pipe would wait for ever
+        raise BadVideo("no regular file")
+    if os.path.getsize(path) == 0:
+        raise BadVideo("empty file")
+    if os.fsencode(path).decode(errors="replace") != path:
+        raise BadVideo("its name is not UTF-8, and OpenCV opens no other")
+    one_thread = [cv2.CAP_PROP_N_THREADS, 1]  # least CPU time
+    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, one_thread)
+    if not capture.isOpened():
+        raise BadVideo("no video that OpenCV can read")
+    return capture
+
+
+def grab_frames(path):
+    """Yield (begin, end, capture) for each frame: seconds that never go back.
+
+    capture.retrieve() then gives the frame. Raises BadVideo.
+    """
+    capture = open_video(path)
+    fps = capture.get(cv2.CAP_PROP_FPS)
+    if not 1 <= fps <= 240:  # headers are hints: 0, -1, nan and 90000 are found there
+        fps = 25
+    begin = -1 / fps
+    failures = 0
+    while failures < 1000:  # one failure is a bad packet, not the end
+        if not capture.grab():
+            failures += 1
+            continue
+        failures = 0
+        stamp = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+        if begin < stamp < float("inf"):
+            begin = stamp
+        else:
+            begin += 1 / fps
+        yield begin, begin + 1 / fps, capture
+
+    if begin < 0:
+        codec = int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(8, "little", signed=True)
+        raise BadVideo(
+            f"no frame that OpenCV can decode, codec {codec[:4]} (it has no AV1); "
+            "convert it: ffmpeg -i VIDEO -c:v libx264 NEW.mp4"
+        )
+
+
+def header_seconds(path):
+    """Length that the header of a video promises, in seconds; 0 where it says none."""
+    capture = open_video(path)
+    fps = capture.get(cv2.CAP_PROP_FPS)
+    if fps > 0:
+        return capture.get(cv2.CAP_PROP_FRAME_COUNT) / fps
+    return 0.0
+
+
+# ---- Parts: a file for each finished video, so that a stopped run can go on ------------
+
+
+def check_settings(folder, meta):
+    """Make the folder of parts, or see that the parts in it were made as `meta` says."""
+    path = os.path.join(folder, "settings.json")
+    settings = json.dumps(meta, indent=0)  # a line for each
+    os.makedirs(folder, exist_ok=True)
+    if not os.path.exists(path):
+        with replacing(path) as file:
+            file.write(settings.encode())
+    with open(path, errors="replace") as file:
+        found = set(file.read().split("\n"))
+    expected = set(settings.split("\n"))
+    message = f"{path}: found {found - expected}, expected {expected - found}"
+    advice = "delete the folder, or take another name for the npz"
+    require(found == expected, f"{message}: {advice}")
+
+
+def part_path(folder, video):
+    """Path of the part of a video."""
+    digest = hashlib.sha256(os.fsencode(video)).hexdigest()
+    return os.path.join(folder, f"{digest[:16]}.npz")
+
+
+def describe(path, video):
+    """Say which state of which video a part belongs to."""
+    if not os.path.exists(path):
+        return f"{video}, gone"
+    stat = os.stat(path)
+    return f"{video}, {stat.st_size} bytes, changed at {stat.st_mtime_ns}"
+
+
+def read_part(folder, path, video):
+    """Read the part of the video at `path`, or None where it is yet to be made."""
+    try:
+        with np.load(part_path(folder, video), allow_pickle=False) as file:
+            part = dict(file)  # all of it: reading compares the checksums
+        if part["source"] == describe(path, video):
+            return part
+        tqdm.write(f"{video}: changed, embedded anew")
+    except FileNotFoundError:
+        pass
+    except Exception as error:
+        tqdm.write(f"{video}: damaged part, embedded anew: {error!r:.100}")
+    return None
+
+
+def make_part(path, video, clip, preprocess, args):
+    """Embed a video -> its part: what the npz holds, of it alone, and a note."""
+    part = {
+        "source": describe(path, video),
+        "note": "",
+        "embeddings": np.empty((0, 0)),
+        "lengths": [0],
+        "videos": [video],
+        "starts": np.empty(0),
+        "labels": [os.path.basename(os.path.dirname(video))],
+    }
+    seconds = args.segment_seconds
+    try:
+        embeddings, starts = embed_video(path, clip, preprocess, seconds, args.frames)
+        found = starts[-1].item() + seconds
+        promised = header_seconds(path)
+    except BadVideo as error:
+        part["note"] = str(error)
+        return part
+
+    part["embeddings"] = embeddings.half().numpy()
+    part["lengths"] = [len(starts)]
+    part["starts"] = starts.float().numpy()
+    if found + seconds / 2 < 0.9 * promised:
+        note = f"kept, with {found:.1f} s of the {promised:.1f} s in its header"
+        part["note"] = note
+    return part
+
+
+def remove_parts(folder, videos):
+    """Remove the parts of these videos, and the folder unless other things are in it."""
+    ours = {os.path.basename(part_path(folder, video)) for video in videos}
+    with suppress(FileNotFoundError):  # another process removes them too
+        for file in os.listdir(folder):
+            if file[:20] in ours:  # with what a killed run left, X.npz.1.tmp
+                os.remove(os.path.join(folder, file))
+        if os.listdir(folder) == ["settings.json"]:
+            os.remove(os.path.join(folder, "settings.json"))
+            os.rmdir(folder)
+
+
+# ---- Command line ----------------------------------------------------------------------
 
 
 def get_args(argv=None):
     """Read the command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("videos", help="folder of videos, searched with its subfolders")
-    add("out", help="npz file to write")
-    # Encoder
-    add("--model", default="ViT-B-32", help="open_clip model: a name, or its folder")
-    add("--pretrained", default="datacomp_xl_s13b_b90k", help="weights of a model name: open_clip "
-        "tag, or file (then normalised as OpenAI's are; a folder knows its own way)")
-    # Segments
-    add("--segment-seconds", type=float, default=5.0, help="length of a segment")
-    add("--frames", type=int, default=8, help="frames per segment, evenly spaced")
-    # Machine
-    add("--batch-size", type=int, default=0, help="frames; 0: 16 on CPU, 256 on GPU")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where")
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("videos", help="folder of videos, searched with its subfolders")
+    parser.add_argument("out", help="npz file to write")
+    parser.add_argument("--model", default="ViT-B-32", help="open_clip name, or folder")
+    parser.add_argument(
+        "--pretrained",
+        default="datacomp_xl_s13b_b90k",
+        help="weights of a named model: open_clip's tag, or a file (its images are "
+        "normalised as OpenAI's; a folder knows its own way)",
+    )
+    parser.add_argument(
+        "--segment-seconds", type=number(float, 0.01), default=5.0, help="of a segment"
+    )
+    parser.add_argument(
+        "--frames", type=number(int, 1), default=8, help="per segment, evenly spaced"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser.parse_args(argv)
 
 
-def find_videos(root):
-    """List the videos below `root`, sorted, as paths relative to it."""
-    videos, visited = [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=print):
-        if os.path.realpath(folder) in visited:  # a link to a folder above makes a loop
-            subfolders[:] = files[:] = []
-        visited.add(os.path.realpath(folder))
-        subfolders.sort()
-        videos += [Path(folder, name).relative_to(root).as_posix() for name in subfolders + files
-                   if name.lower().endswith(VIDEO_ENDINGS)]
-    return sorted(videos)
-
-
-def load_encoder(model, pretrained, device):
-    """Return the frozen open_clip model, and the name to give open_clip.get_tokenizer."""
-    name, weights = (f"local-dir:{model}", None) if os.path.isdir(model) else (model, pretrained)
-    if weights and not os.path.isfile(weights) and not getproxies():
-        # Without a network the hub's client retries for 47 s: ask once, then use its cache or fail.
-        host, _, port = huggingface_hub.constants.ENDPOINT.split("/")[2].partition(":")
-        try:
-            socket.create_connection((host, port or 443), timeout=5).close()
-        except OSError:
-            huggingface_hub.constants.HF_HUB_OFFLINE = True
-    logging.disable(logging.CRITICAL)  # pages of log; the one line below says it all
-    expected = "weights: give --model FOLDER (open_clip model on disk) or --pretrained FILE"
-    with explain(f"--model {model} --pretrained {pretrained}", expected, AssertionError,
-                 ImportError, SafetensorError):  # unlike create_model, this has no random weights
-        clip, _ = open_clip.create_model_from_pretrained(name, weights, device=device)
-    logging.disable(logging.NOTSET)
-    return clip.eval(), name
-
-
-def fit(image, preprocess):
-    """Crop or pad, and resize, as open_clip's own transform, at a third of its cost; BGR to RGB."""
-    size, shape = np.broadcast_to(preprocess["size"], 2), np.array(image.shape[:2])
-    ratio, mode, fill = shape / size, preprocess["resize_mode"], [preprocess["fill_color"]] * 3
-    crop = np.rint(size * ratio.min()).astype(int) if mode == "shortest" else shape
-    inner = np.rint(shape / ratio.max()).astype(int) if mode == "longest" else size
-    top, left = (shape - crop) // 2
-    image = image[top : top + crop[0], left : left + crop[1]]
-    interpolation = cv2.INTER_AREA if inner.prod() < crop.prod() else cv2.INTER_CUBIC
-    image = cv2.resize(image, inner[::-1].tolist(), interpolation=interpolation)
-    (top, left), (bottom, right) = (size - inner) // 2, (size - inner + 1) // 2
-    return cv2.copyMakeBorder(image, top, bottom, left, right, 0, value=fill)[:, :, ::-1]
-
-
-def decode(path, segment_seconds, frames_per_segment, preprocess):
-    """Yield (segment, RGB frame), those of a segment in time order.
-
-    The last item is (None, (seconds decoded, note)): the note says what is wrong, or nothing.
-    A segment is cut into frames_per_segment equal slots, and the first frame of each is taken.
-    Grabbing all frames is several times faster than seeking, and exact.
-    """
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    found, end, note = set(), 0.0, "not a readable file with a UTF-8 name"
-    is_readable = (os.path.isfile(path) and os.access(path, os.R_OK)
-                   and path.encode(errors="replace") == os.fsencode(path))  # else cv2 crashes
-    # nonref: FFmpeg skips frames that no other frame needs, a third of the work. Should a segment
-    # lose all its frames by that, the video is read again for it.
-    for discard in ("nonref", "default") if is_readable else ():
-        os.environ |= {"OPENCV_FFMPEG_CAPTURE_OPTIONS": f"avdiscard;{discard}",
-                       "OPENCV_FFMPEG_READ_ATTEMPTS": "1000000000",  # long sound between two frames
-                       "OPENCV_FFMPEG_LOGLEVEL": "-8"}  # damaged videos fill the screen
-        capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])  # least CPU
-        fps, count = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
-        # Headers are hints: fps may be 0, -1, nan or 90000, and the count anything.
-        step, promised = (1 / fps, count / fps) if 1 <= fps <= 240 else (1 / 25, 0.0)
-        now, failures, done, last = -step, 0, set(found), -1
-        while failures < 1000:  # one False is a bad packet, not the end
-            failures = 0 if capture.grab() else failures + 1
-            if failures:
-                continue
-            stamp = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
-            now = stamp if now < stamp < float("inf") else now + step  # always forward
-            slot = int(now * frames_per_segment / segment_seconds + 1e-6)
-            segment, end = slot // frames_per_segment, max(end, now + step)
-            image = capture.retrieve()[1] if slot > last and segment not in done else None
-            if image is not None:
-                last = slot
-                found.add(segment)
-                yield segment, fit(image, preprocess)
-        is_short = end < 0.9 * promised - 1
-        if found and len(found) == max(found) + 1 and not is_short:
-            break
-    if found:
-        note = f"kept, with {end:.1f} s of the {promised:.1f} s in its header" if is_short else ""
-    elif is_readable:
-        note = "no video that OpenCV can read" if os.path.getsize(path) else "empty file"
-    yield None, (end, note)
-
-
-@torch.inference_mode()
-def embed(frames, model, preprocess, batch_size):
-    """Encode frames, uint8 (height, width, 3) each, into unit-length embeddings (batch_size, D)."""
-    # Always a full batch, the last one with filler: an embedding is then the same to the last bit
-    # wherever its frame stands.
-    batch = np.zeros((batch_size, *frames[0].shape), np.uint8)
-    batch[: len(frames)] = frames
-    device = model.logit_scale.device
-    mean, std = (torch.tensor(preprocess[key], device=device) for key in ("mean", "std"))
-    images = (torch.from_numpy(batch).to(device) / 255 - mean) / std  # (B, H, W, 3)
-    with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
-        embeddings = model.encode_image(images.permute(0, 3, 1, 2)).float().cpu()  # (B, D)
-    return embeddings / embeddings.norm(dim=1, keepdim=True)
-
-
-def extract(folder, videos, model, segment_seconds, frames_per_segment, batch_size):
-    """Yield the part of each video: the arrays of the npz, for this video alone, and its note.
-
-    Batches cross the borders of segments and videos; a part comes when its last frame is encoded.
-    """
-    preprocess = open_clip.get_model_preprocess_cfg(model)
-    stream = ((video, *item) for video in videos for item in decode(
-        os.path.join(folder, video), segment_seconds, frames_per_segment, preprocess))
-    stream, sums = prefetch(stream, 64), {}  # sums: segment -> sum of its frames' embeddings
-    while entries := list(islice(stream, batch_size)):
-        frames = [item for _, segment, item in entries if segment is not None]
-        embedded = iter(embed(frames, model, preprocess, batch_size) if frames else ())
-        for video, segment, item in entries:
-            if segment is not None:
-                sums[segment] = sums.get(segment, 0) + next(embedded)
-                continue
-            (end, note), segments = item, sorted(sums)
-            # Paper: silent. Here: a tail of half a segment or more is a segment, a shorter is none.
-            if segments[1:] and end - segments[-1] * segment_seconds < segment_seconds / 2 - 1e-3:
-                segments.pop()
-            # Paper: one call of a video encoder. Here: the mean over frames, of unit length again.
-            rows = [(sums[segment] / sums[segment].norm()).half().numpy() for segment in segments]
-            if not np.isfinite(rows).all():
-                rows, segments, note = [], [], "the encoder gave zeros or non-finite numbers"
-            yield {"embeddings": rows, "lengths": [len(rows)], "videos": [video], "note": note,
-                   "starts": np.float32([segment * segment_seconds for segment in segments]),
-                   "labels": [os.path.basename(os.path.dirname(video))]}
-            sums = {}
-
-
-def save(path, **arrays):
-    """Write an npz beside `path`, then move it there: readers see all of it or nothing."""
-    half = Path(f"{path}.{socket.gethostname()}.{os.getpid()}.half")
-    try:
-        with explain(path, "to write it; the same command goes on from here"):
-            half.parent.mkdir(parents=True, exist_ok=True)
-            with open(half, "wb") as file:
-                np.savez(file, **arrays)
-            os.replace(half, path)
-    finally:
-        if half.exists():
-            half.unlink()
-
-
 def main(args):
-    """Extract this process's share of the videos; the last process to finish writes the npz."""
-    is_right = args.frames > 0 and 0 < args.segment_seconds < float("inf")
-    require(is_right and not os.path.isdir(args.out),
-            "expected --frames and --segment-seconds above 0, and a file as out")
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names hold anything
+    """Embed this process's share of the videos; the last one to finish writes `out`."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files hold anything
+    rank, world = read_rank()
+
+    # Find the videos, and what is done of them.
     videos = find_videos(args.videos)
-    require(videos, f"{args.videos}: no videos there, that is, no {' '.join(VIDEO_ENDINGS)}")
+    require(videos, f"{args.videos}: no videos there, that is, {' '.join(ENDINGS)}")
+    paths = [os.path.join(args.videos, video) for video in videos]
+    check_outputs({args.out: ".npz"}, paths)
+    meta = {
+        "model": args.model,
+        "pretrained": args.pretrained,
+        "segment_seconds": args.segment_seconds,
+        "frames_per_segment": args.frames,
+    }
+    if os.path.isdir(args.model):
+        meta["model"] = os.path.abspath(args.model)
+        meta["pretrained"] = ""
+    folder = f"{args.out}.parts"
+    check_settings(folder, meta)
+
+    # Embed one video after the other, each into a part.
     device = pick_device(args.device)
-    model, _ = load_encoder(args.model, args.pretrained, device)
-    names = args.model, "" if os.path.isdir(args.model) else args.pretrained
-    names = [os.path.abspath(name) if os.path.exists(name) else name for name in names]
-    meta = {"format": 1, "model": names[0], "pretrained": names[1],
-            "segment_seconds": args.segment_seconds, "frames_per_segment": args.frames}
+    clip, preprocess = load_encoder(args.model, args.pretrained, device)
+    for i in tqdm(range(rank, len(videos), world), unit="video"):
+        if read_part(folder, paths[i], videos[i]) is None:
+            part = make_part(paths[i], videos[i], clip, preprocess, args)
+            with replacing(part_path(folder, videos[i])) as file:
+                np.savez(file, **part)
 
-    # The name of a part is a digest of the video's file, the settings and the encoder.
-    common = hashlib.sha256(json.dumps([meta, open_clip.get_model_preprocess_cfg(model)]).encode())
-    for tensor in model.visual.state_dict().values():
-        common.update(tensor.cpu().numpy().tobytes())
-    folder, paths = f"{args.out}.parts", {}
-    for video in videos:
-        path, digest = os.path.join(args.videos, video), common.copy()
-        state = os.path.isfile(path) and [os.path.getsize(path), os.path.getmtime(path)]
-        digest.update(json.dumps([video, state]).encode())
-        paths[video] = f"{folder}/{digest.hexdigest()[:24]}.npz"
-    mine = videos[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
-    todo = [video for video in mine if not os.path.exists(paths[video])]
-
-    n_segments, batch_size = 0, args.batch_size or (16 if device.type == "cpu" else 256)
-    parts = extract(args.videos, todo, model, args.segment_seconds, args.frames, batch_size)
-    begin = time.time()
-    with tqdm(total=len(mine), initial=len(mine) - len(todo), unit="video", mininterval=1) as bar:
-        for part in parts:
-            save(paths[part["videos"][0]], **part)
-            n_segments += len(part["starts"])
-            speed = n_segments / (time.time() - begin)
-            bar.set_postfix_str(f"{speed:.1f} segments/s", refresh=False)
-            bar.update()
-
-    try:
-        parts = [dict(np.load(path)) for path in paths.values()]
-    except FileNotFoundError:
-        print(f"Other processes are not done; the last one writes {args.out}. If none is left, "
-              "give the command again.")
-        return
+    # Join the parts of all processes.
+    parts = []
+    for path, video in zip(paths, videos, strict=True):
+        part = read_part(folder, path, video)
+        if part is None:
+            print(f"Other processes are not done; the last one writes {args.out}.")
+            print("If none is left, give the command again.")
+            return
+        parts.append(part)
     good = [part for part in parts if len(part["starts"])]
-    notes = [f"  {part['videos'][0]}: {part['note']}" for part in parts if part["note"]]
+    arrays = {}
     if good:
-        save(args.out, meta=json.dumps(meta), **{
-            key: np.concatenate([part[key] for part in good]) for key in good[0] if key != "note"})
-    shutil.rmtree(folder, ignore_errors=True)
-    print(f"{len(good)} of {len(videos)} videos, {sum(len(part['starts']) for part in good):,} "
-          f"segments; {len(videos) - len(good)} failed" + ":" * bool(notes), *notes, sep="\n")
-    sys.exit(0 if good else 1)
+        for key in ("embeddings", "lengths", "videos", "starts", "labels"):
+            arrays[key] = np.concatenate([part[key] for part in good])
+        with replacing(args.out) as file:
+            np.savez(file, **arrays, meta=json.dumps(meta))
+    remove_parts(folder, videos)
+
+    # Report.
+    n_segments = sum(len(part["starts"]) for part in good)
+    print(f"{len(good)} of {len(videos)} videos, {n_segments:,} segments;", end=" ")
+    print(f"{len(videos) - len(good)} failed")
+    for part in parts:
+        if part["note"]:
+            print(f"  {part['videos'][0]}: {part['note']}")
+    require(good, f"{args.out}: not written, for there is no segment")
 
 
 if __name__ == "__main__":
