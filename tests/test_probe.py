@@ -1,4 +1,4 @@
-"""Tests of probe.py: labels as published, splits without leaks, heads, and the command line."""
+"""Tests of probe.py: labels, splits without leaks, heads, training, the command line."""
 
 import json
 import math
@@ -14,378 +14,591 @@ import probe
 from model import LVMAE, LVMAEConfig, load_checkpoint, load_data
 
 CPU = torch.device("cpu")
+HEADS = [
+    probe.LinearProbe,
+    probe.AttentiveProbe,
+    probe.Transformer,
+    probe.Mamba,
+]
 
 
 def write_npz(path, videos, labels=None, lengths=None, dim=16, seed=0):
     """Make an npz in which the mean embedding of a video tells its label."""
     rng = np.random.default_rng(seed)
-    labels = ["" for _ in videos] if labels is None else labels
-    lengths = rng.integers(1, 6, len(videos)) if lengths is None else np.array(lengths)
+    if labels is None:
+        labels = [""] * len(videos)
+    if lengths is None:
+        lengths = rng.integers(1, 6, len(videos))
     center = {label: rng.normal(size=dim) for label in sorted(set(labels))}
-    each = zip(labels, lengths, strict=True)
-    rows = np.concatenate(
-        [center[x] + 0.5 * rng.normal(size=(n, dim)) for x, n in each]
-    )
+    rows = []
+    for label, n in zip(labels, lengths, strict=True):
+        rows.append(center[label] + 0.5 * rng.normal(size=(n, dim)))
+    rows = np.concatenate(rows)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    arrays = dict(
-        embeddings=rows.astype(np.float16), lengths=lengths, videos=np.array(videos)
+    np.savez(
+        path,
+        embeddings=rows.astype(np.float16),
+        lengths=np.array(lengths),
+        videos=np.array(videos),
+        labels=np.array(labels),
     )
-    np.savez(path, **arrays, labels=np.array(labels))
     return path
 
 
-def write_checkpoint(path, dim=16, max_segments=8):
+def write_checkpoint(path, dim=16, scale=1.0, **more):
     """Save a tiny untrained LV-MAE as train.py does, as far as load_checkpoint reads it."""
     torch.manual_seed(0)
-    config = LVMAEConfig(dim, 1, 2, 8, 1, 2, max_segments=max_segments)
-    torch.save({"model": LVMAE(config).state_dict(), "config": vars(config)}, path)
+    config = LVMAEConfig(
+        dim=dim,
+        depth=1,
+        heads=2,
+        decoder_dim=8,
+        decoder_depth=1,
+        decoder_heads=2,
+        max_segments=8,
+    )
+    state = LVMAE(config).state_dict()
+    state["norm.weight"] *= scale
+    torch.save({"model": state, "config": vars(config), **more}, path)
     return path
+
+
+def write_classes(folder, n=45, names="abc"):
+    """An npz of n videos in folders, one a class, and the names of the videos."""
+    videos = [f"{names[i % len(names)]}/{i}.mp4" for i in range(n)]
+    write_npz(folder / "out.npz", videos, labels=[video[0] for video in videos])
+    return videos
+
+
+def write_csv(path, rows, header="video,label,split"):
+    """Write a CSV of labels."""
+    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def read(path, videos):
+    """Labels of a CSV or the folders, for made-up data of these videos."""
+    data = load_data(write_npz(Path(path).parent / "labels.npz", videos))
+    return probe.read_labels(str(path), data)
+
+
+def run_probe(*flags):
+    """Run probe.py in this process, in the present folder."""
+    probe.main(probe.get_args(["--device", "cpu", *map(str, flags)]))
 
 
 def error_of(*flags):
     """Run a command that must fail, with a message of one line."""
     with pytest.raises(SystemExit) as error:
-        probe.main(probe.get_args(["--device", "cpu", *map(str, flags)]))
-    assert "\n" not in str(error.value)
-    return str(error.value)
+        run_probe(*flags)
+    assert isinstance(error.value.code, str) and "\n" not in error.value.code
+    return error.value.code
 
 
-# ---- Labels -------------------------------------------------------------------------------------
+# ---- Labels ----------------------------------------------------------------------------
 
 
-def test_lvu_files(tmp_path):
-    """Ids that begin with '-', the class named \\N and the split of each file are kept."""
-    header = "class_id class_name youtube_id imdb_id\n"
-    (tmp_path / "train.csv").write_text(
-        header + "0 \\N -a_b tt1\n1 nm0001220 --c tt2\n"
-    )
-    (tmp_path / "val.csv").write_text(header + "0 \\N -D3 tt3\n")
-    (tmp_path / "test.csv").write_text(header + "1 nm0001220 0E tt4\n")
-    rows = probe.read_labels(str(tmp_path), None)
-    assert rows[:2] == [("-a_b", "\\N", "train"), ("--c", "nm0001220", "train")]
-    assert rows[2:] == [("-D3", "\\N", "val"), ("0E", "nm0001220", "test")]
-
-
-def test_lvu_numbers(tmp_path):
-    """The like ratio is 10 * like / (like + dislike), views are logarithms: not the raw counts."""
-    (tmp_path / "a.csv").write_text(
-        "like_count dislike_count youtube_id imdb_id\n30 10 x tt1\n"
-    )
-    (tmp_path / "b.csv").write_text("view_count youtube_id imdb_id\n1000 -y tt1\n")
-    assert probe.read_labels(str(tmp_path / "a.csv"), None) == [("x", 7.5, "")]
-    assert probe.read_labels(str(tmp_path / "b.csv"), None) == [
-        ("-y", math.log(1000), "")
-    ]
-
-
-def test_breakfast_file(tmp_path, capsys):
-    """Ids with '-' find files named with '_', with '-', and in the folders of the data set."""
-    text = "file_name,duration,action,class_id\nP03-cam01-P03_tea,56,tea,2\n"
-    (tmp_path / "train.csv").write_text(text)
-    (tmp_path / "test.csv").write_text(text.replace("03", "47"))
-    rows = probe.read_labels(str(tmp_path), None)
-    for separator in "_-/":
-        names = (f"{p}{separator}cam01{separator}{p}_tea.avi" for p in ("P03", "P47"))
-        found = probe.match(rows, list(names), "labels")
-        assert found == {0: ("tea", "train"), 1: ("tea", "test")}
-
-
-def test_breakfast_names(tmp_path):
-    """Labels read off the names: the action, the published persons as test, one stereo channel."""
-    videos = ["P03_cam01_P03_friedegg.avi", "P47_webcam02_P47_tea.avi", "holiday.avi",
-              "P47/stereo/P47_milk_ch0.avi", "P47/stereo/P47_milk_ch1.avi"]  # fmt: skip
-    rows = probe.read_labels(
-        "breakfast", load_data(write_npz(tmp_path / "o.npz", videos))
-    )
-    parts = [("friedegg", "train"), ("tea", "test"), ("milk", "test")]
-    assert rows == [
-        (videos[i], *part) for i, part in zip((0, 1, 3), parts, strict=True)
-    ]
-
-
-def test_coin_json(tmp_path):
-    """COIN's subsets are called training and testing."""
-    train, test = (
-        {"class": "Boil", "subset": "training"},
-        {"class": "Cut", "subset": "testing"},
-    )
-    (tmp_path / "COIN.json").write_text(
-        json.dumps({"database": {"abc": train, "-d": test}})
-    )
-    rows = probe.read_labels(str(tmp_path / "COIN.json"), None)
-    assert rows == [("abc", "Boil", "train"), ("-d", "Cut", "test")]
-
-
-def test_match(capsys):
-    """Paths, names and stems find their video; what is left on either side is counted and named."""
-    videos = [
-        "a/one.x.mp4",
-        "a/two.mp4",
-        "b/two.mp4",
-        "three.mp4",
-        "c/four.mp4",
-        "c/three.mp4",
-    ]
-    rows = [
-        (name, "L", "")
-        for name in ("one.x", "a/two", "three.mp4", "c/four.mp4", "gone")
-    ]
-    assert sorted(probe.match(rows, videos, "csv")) == [0, 1, 3, 4]
+def test_names_of_a_csv_find_their_videos(tmp_path, capsys):
+    """Catches names lost with a folder or ending, and losses that nobody counts."""
+    videos = ["a/one.x.mp4", "a/two.mp4", "b/two.mp4", "three.mp4", "c/four.mp4"]
+    videos += ["c/three.mp4"]
+    names = ["one.x", "a/two", "three.mp4", "c/four.mp4", "gone"]
+    path = write_csv(tmp_path / "l.csv", [f"{name},L" for name in names], "video,label")
+    assert read(path, videos) == dict.fromkeys([0, 1, 3, 4], ("L", ""))
     printed = capsys.readouterr().out
     assert "2 videos have no label: b/two.mp4, c/three.mp4\n" in printed
     assert "1 labels have no video: gone\n" in printed
-    with pytest.raises(SystemExit, match="two.mp4 and b/two.mp4"):
-        probe.match([("two", "L", "")], videos, "csv")
-    with pytest.raises(SystemExit, match="labelled once"):
-        probe.match([("one.x", "L", ""), ("one.x.mp4", "M", "")], videos, "csv")
-
-
-# ---- Splits -------------------------------------------------------------------------------------
-
-
-def test_split_is_stratified_and_disjoint():
-    """No video is in two splits, classes are cut 60/20/20, and the seed decides who goes where."""
-    found = {i: ("ab"[i % 2], "") for i in range(40)}
-    first, again, other = (
-        probe.make_split(found, {""}, s, True, "x") for s in (0, 0, 1)
-    )
-    assert sorted(sum(first.values(), [])) == list(range(40))
-    for part, n in {"train": 12, "val": 4, "test": 4}.items():
-        assert [sum(i % 2 == k for i in first[part]) for k in (0, 1)] == [n, n]
-    assert first == again and first != other
-
-
-def test_named_split_is_kept():
-    """Published test videos stay the test; validation comes from train if there is none."""
-    found = {i: ("ab"[i % 2], "test" if i < 10 else "train") for i in range(40)}
-    split = probe.make_split(found, {"train", "test"}, 0, True, "x")
-    assert sorted(split["test"]) == list(range(10))
-    assert len(split["val"]) == 6 and sorted(split["train"] + split["val"]) == list(
-        range(10, 40)
-    )
-    found = {i: ("ab"[i % 2], ("train", "val", "test")[i % 3]) for i in range(30)}
-    split = probe.make_split(found, {"train", "val", "test"}, 0, True, "x")
-    assert all(found[i][1] == part for part in split for i in split[part])
-
-
-@pytest.mark.parametrize("labels, parts, message", [
-    ("aaa", ["train", "val", "test"], "1 classes"),
-    ("aaaaaaaaab", [""], "'b'"),
-    ("abc" * 10, ["train", "train", "test"], "'c'"),
-    ("aabb" * 9, ["train", "val"], "'test': 0"),
-    ("", [""], "'train': 0"),
-])  # fmt: skip
-def test_split_errors(labels, parts, message):
-    """One class, a lonely video, a class that train lacks and an empty split are named."""
-    found = {i: (label, parts[i % len(parts)]) for i, label in enumerate(labels)}
-    with pytest.raises(SystemExit, match=message):
-        probe.make_split(found, {*parts, "test"} - {""}, 0, True, "labels.csv")
-
-
-# ---- Features and heads -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("is_raw", [True, False])
-def test_features_are_those_of_each_video_alone(tmp_path, is_raw):
-    """Batches sorted by length mix up no rows, and a video beyond max_segments is whole."""
-    lengths = [3, 1, 20, 3, 7]
-    data = load_data(write_npz(tmp_path / "out.npz", [*"abcde"], lengths=lengths))
-    model = (
-        None if is_raw else load_checkpoint(write_checkpoint(tmp_path / "c"), data, CPU)
-    )
-    features = probe.compute_features(data, model, CPU).embeddings.split(
-        [n + 1 for n in lengths]
-    )
-    for x, video in zip(features, data.embeddings.float().split(lengths), strict=True):
-        with torch.no_grad():
-            alone = [torch.zeros(1, 16), video] if is_raw else model.encode(
-                video[None], torch.tensor([len(video)]))[0].split([1, len(video)])  # fmt: skip
-        assert torch.allclose(x.float(), torch.cat(list(alone)), atol=3e-3)
 
 
 @pytest.mark.parametrize(
-    "Head", [probe.Linear, probe.Attentive, probe.Transformer, probe.Mamba]
+    "rows, message",
+    [
+        (["two,L,"], "a/two.mp4 and b/two.mp4"),
+        (["one,L,", "one.mp4,M,"], "has ('L', '') already"),
+        (["one,L,train", "one,L,test"], "has ('L', 'train') already"),
+        (["one,L,dev"], "train or val or test"),
+        (["one"], "train or val or test"),
+        ([",L,test"], "train or val or test"),
+    ],
 )
-def test_heads_ignore_padding(Head):
-    """Padding and neighbours change nothing; every segment, the last one too, counts."""
+def test_doubtful_rows_are_refused(tmp_path, rows, message):
+    """Catches a label given to the wrong video, or the last of two that wins."""
+    path = write_csv(tmp_path / "l.csv", rows)
+    with pytest.raises(SystemExit) as error:
+        read(path, ["one.mp4", "a/two.mp4", "b/two.mp4"])
+    assert message in str(error.value) and "l.csv" in str(error.value)
+
+
+def test_names_are_cut_at_line_ends_only(tmp_path):
+    """Catches rows cut in two by U+2028 or a quoted line end, and a byte-order mark."""
+    videos = ["a\u2028b.mp4", "c\nd.mp4", "e,f.mp4"]
+    rows = ["\ufeffvideo,label", "a\u2028b.mp4,L", '"c\nd.mp4",M', '"e,f.mp4",N']
+    (tmp_path / "l.csv").write_text("\n".join(rows), encoding="utf-8")
+    found = read(tmp_path / "l.csv", videos)
+    assert found == {0: ("L", ""), 1: ("M", ""), 2: ("N", "")}
+
+
+@pytest.mark.parametrize(
+    "text", ["clip,score\n1,3\n", "", "video label\n1 x\n", b"\xff\xfe\x00"]
+)
+def test_foreign_files_end_in_one_line(tmp_path, text):
+    """Catches a table from a file that is no CSV of labels, or a traceback."""
+    path = tmp_path / "l.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    write_npz(tmp_path / "out.npz", ["1.mp4", "2.mp4"])
+    error = error_of("--data", tmp_path / "out.npz", "--labels", path)
+    assert "l.csv" in error
+    assert "nowhere.csv" in error_of(
+        "--data", tmp_path / "out.npz", "--labels", tmp_path / "nowhere.csv"
+    )
+
+
+def test_class_without_training_video_is_left_out(tmp_path, capsys):
+    """Catches a partial download that stops a whole task, and a silent loss of a class."""
+    labelled = {0: ("a", "train"), 1: ("b", ""), 2: ("c", "test"), 3: ("c", "val")}
+    assert sorted(probe.drop_untrained(labelled)) == [0, 1]
+    assert "class c, 2 videos" in capsys.readouterr().out
+
+
+def test_numbers_must_be_numbers(tmp_path, monkeypatch):
+    """Catches a table of NaN, or of a word taken for a number."""
+    monkeypatch.chdir(tmp_path)
+    write_npz("out.npz", [f"{i}.mp4" for i in range(20)])
+    for word in ("nan", "inf", "1e99", "many"):
+        rows = [f"{i},{i}" for i in range(1, 20)]
+        path = write_csv(Path("l.csv"), [f"0,{word}", *rows], "video,label")
+        assert "l.csv" in error_of("--labels", path, "--regression")
+
+
+# ---- Splits ----------------------------------------------------------------------------
+
+
+def split_of(labelled, *flags, seed=0):
+    """Split of made-up labels, as lists."""
+    split = probe.make_split(labelled, probe.get_args(flags), seed)
+    return {part: videos.tolist() for part, videos in split.items()}
+
+
+def test_split_is_stratified_and_disjoint():
+    """Catches a video in two parts, a class cut unevenly, a seed that decides nothing."""
+    labelled = {i: ("ab"[i % 2], "") for i in range(40)}
+    split = split_of(labelled)
+    assert sorted(sum(split.values(), [])) == list(range(40))
+    for part, n in {"train": 12, "val": 4, "test": 4}.items():
+        classes = [i % 2 for i in split[part]]
+        assert classes.count(0) == classes.count(1) == n
+    assert split == split_of(labelled) and split != split_of(labelled, seed=1)
+
+
+def test_named_split_is_kept():
+    """Catches published test videos that are trained on."""
+    labelled = {i: ("ab"[i % 2], "test" if i < 10 else "train") for i in range(40)}
+    split = split_of(labelled)
+    assert sorted(split["test"]) == list(range(10))
+    assert len(split["val"]) == 6
+    assert sorted(split["train"] + split["val"]) == list(range(10, 40))
+
+    labelled = {i: ("ab"[i % 2], ("train", "val", "test")[i % 3]) for i in range(30)}
+    for part, videos in split_of(labelled).items():
+        assert len(videos) == 10
+        assert all(labelled[i][1] == part for i in videos)
+
+
+def test_val_share_is_the_readers_choice():
+    """Catches published training videos that are withheld though the reader said 0."""
+    labelled = {i: ("ab"[i % 2], "test" if i < 10 else "train") for i in range(40)}
+    split = split_of(labelled, "--val-share", "0")
+    assert split["val"] == [] and sorted(split["train"]) == list(range(10, 40))
+    assert len(split_of(labelled, "--val-share", "0.4")["val"]) == 12
+    labelled[10] = ("a", "val")  # now there is one: nothing else is cut off
+    assert split_of(labelled, "--val-share", "0.4")["val"] == [10]
+
+
+def test_numbers_are_split_as_one_group():
+    """Catches numbers taken for classes of one video, which are never tested."""
+    labelled = {i: (str(i), "") for i in range(40)}
+    split = split_of(labelled, "--regression")
+    assert [len(split[part]) for part in ("train", "val", "test")] == [24, 8, 8]
+
+
+def test_small_classes_keep_a_training_video():
+    """Catches a class all of whose videos are cut off."""
+    labels = ["a"] * 10 + ["b"] * 3
+    labelled = {i: (label, "") for i, label in enumerate(labels)}
+    split = split_of(labelled, "--val-share", "0.5")
+    assert {labels[i] for i in split["train"]} == {"a", "b"}
+    assert [labels[i] for i in split["val"]].count("b") == 2
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (["0,a,", "1,a,", "2,a,"], "classes ['a']"),
+        (["0,a,train", "1,b,train", "2,a,val"], "no video to test"),
+        (["0,a,train", "1,b,train", "2,a,test"], "no video to val"),
+        (["0,a,test", "1,b,test"], "classes []"),
+        ([], "classes []"),
+    ],
+)
+def test_split_errors(tmp_path, monkeypatch, rows, message):
+    """Catches a score of one class, or on no video."""
+    monkeypatch.chdir(tmp_path)
+    write_npz("out.npz", ["0.mp4", "1.mp4", "2.mp4"])
+    assert message in error_of("--labels", write_csv(Path("l.csv"), rows))
+
+
+# ---- Features and heads ----------------------------------------------------------------
+
+
+def test_features_are_whole_videos(tmp_path):
+    """Catches videos cut at max_segments, a lost [CLS], features of a masked video."""
+    data = load_data(write_npz(tmp_path / "out.npz", ["a", "b"], lengths=[3, 20]))
+    model, _ = load_checkpoint(write_checkpoint(tmp_path / "c"), data, CPU)
+    for video in data.embeddings:
+        n = len(video)
+        expected = model.encode(video[None].float(), torch.tensor([n]))[0]
+        features = probe.encode(model, video, CPU)
+        assert features.shape == (n + 1, 16)
+        assert torch.allclose(features.float(), expected, atol=3e-3)
+
+
+def test_labelled_videos_alone_are_encoded(tmp_path, monkeypatch):
+    """Catches 9,996 videos encoded for a task of 950."""
+    monkeypatch.chdir(tmp_path)
+    write_npz("out.npz", [f"{i}.mp4" for i in range(60)])
+    write_checkpoint("lvmae.pt")
+    encoded = []
+    encode = probe.encode
+    monkeypatch.setattr(
+        probe, "encode", lambda *args: encoded.append(1) or encode(*args)
+    )
+    labels = write_csv(Path("l.csv"), [f"{i},{'ab'[i % 2]}," for i in range(20)])
+    run_probe("--labels", labels, "--runs", 1, "--epochs", 1)
+    assert len(encoded) == 20
+
+
+def make_head(Head):
+    """A head whose output depends on its input: the last layer is zero at first."""
     torch.manual_seed(0)
     head = Head(16, 3).eval()
     torch.nn.init.normal_(head.last[1].weight)
-    x, lengths = torch.randn(2, 9, 16), torch.tensor([8, 5])
-    x[1, 6:] = 0
-    together, alone = head(x, lengths)[1], head(x[1:, :6], lengths[1:])[0]
+    return head
+
+
+@pytest.mark.parametrize("Head", HEADS)
+def test_heads_ignore_padding(Head):
+    """Catches heads that see padding or neighbours, or miss a segment, the last above all."""
+    head = make_head(Head)
+    is_token = torch.arange(9) < torch.tensor([[9], [6]])
+    x = torch.randn(2, 9, 16) * is_token[..., None]
+    together = head(x, is_token)[1]
+    alone = head(x[1:, :6], is_token[1:, :6])[0]
     assert torch.allclose(together, alone, atol=1e-5)
     for row in range(1, 6):
         changed = x[1:, :6].clone()
         changed[0, row] *= -1
-        assert not torch.allclose(head(changed, lengths[1:])[0], alone, atol=1e-4), row
+        assert not torch.allclose(head(changed, is_token[1:, :6])[0], alone, atol=1e-4)
 
 
-def test_order_is_seen_by_the_end_to_end_heads_only():
-    """Raw linear and attentive are bags of segments; transformer and mamba are not."""
-    torch.manual_seed(0)
-    x, lengths = torch.randn(1, 9, 16), torch.tensor([8])
-    back = torch.cat([x[:, :1], x[:, 1:].flip(1)], dim=1)
-    for Head in (probe.Linear, probe.Attentive, probe.Transformer, probe.Mamba):
-        head = Head(16, 3).eval()
-        torch.nn.init.normal_(head.last[1].weight)
-        same = torch.allclose(head(x, lengths), head(back, lengths), atol=1e-4)
-        assert same == (Head in (probe.Linear, probe.Attentive)), Head
+@pytest.mark.parametrize("Head", HEADS)
+def test_order_is_seen_by_the_end_to_end_heads_only(Head):
+    """Catches positions in the baseline of Tables 1 and 2, or none end to end."""
+    head = make_head(Head)
+    x = torch.randn(1, 9, 16)
+    reverse = torch.cat([x[:, :1], x[:, 1:].flip(1)], dim=1)
+    is_token = torch.ones(1, 9, dtype=torch.bool)
+    is_same = torch.allclose(head(x, is_token), head(reverse, is_token), atol=1e-4)
+    assert is_same == (Head in (probe.LinearProbe, probe.AttentiveProbe))
 
 
 def test_attentive_is_a_whole_transformer_layer():
-    """Computing [CLS] only gives what PyTorch's full pre-norm layer gives at [CLS]."""
-    torch.manual_seed(0)
-    head = probe.Attentive(16, 3).eval()
+    """Catches a shortcut that is not what PyTorch's pre-norm layer gives at [CLS]."""
+    head = make_head(probe.AttentiveProbe)
+    torch.nn.init.normal_(head.cls_token)
     layer = torch.nn.TransformerEncoderLayer(
-        16, 8, 64, 0.0, "gelu", batch_first=True, norm_first=True)  # fmt: skip
-    for name in ("norm1", "norm2"):
-        getattr(layer, name).load_state_dict(getattr(head, name).state_dict())
+        16, 8, 64, 0.0, "gelu", batch_first=True, norm_first=True
+    )
     layer.self_attn.load_state_dict(head.attention.state_dict())
-    layer.linear1.load_state_dict(head.mlp[0].state_dict())
-    layer.linear2.load_state_dict(head.mlp[2].state_dict())
-    x, lengths = torch.randn(2, 7, 16), torch.tensor([6, 3])
-    is_padding = torch.arange(7) > lengths[:, None]
-    assert torch.allclose(head.summary(x, lengths), layer(x, src_key_padding_mask=is_padding)[:, 0],
-                          atol=1e-5)  # fmt: skip
+    for name, theirs in {"fc1": "linear1", "fc2": "linear2"}.items():
+        state = getattr(head, name).state_dict()
+        getattr(layer, theirs).load_state_dict(state)
+    for norm in (head.norm1, head.norm2, layer.norm1, layer.norm2):
+        torch.nn.init.constant_(norm.weight, 1.5)
+        torch.nn.init.constant_(norm.bias, 0.1)
+    x = torch.randn(2, 7, 16)
+    is_token = torch.arange(7) < torch.tensor([[7], [4]])
+    found = head(x, is_token)
+    x[:, 0] += head.cls_token
+    expected = layer(x, src_key_padding_mask=~is_token)[:, 0]
+    assert torch.allclose(found, head.last(expected), atol=1e-4)
 
 
 def test_selective_scan_is_the_recurrence():
-    """The matrix product equals the state carried from step to step."""
+    """Catches a matrix product that is not the state carried from step to step."""
     torch.manual_seed(0)
-    B, N, H, P, K = 2, 7, 3, 4, 5
-    x, b, c = torch.randn(B, N, H, P), torch.randn(B, N, K), torch.randn(B, N, K)
-    delta, rate = torch.rand(B, N, H) * 3, torch.rand(H) * 9
+    B, T, H, P, K = 2, 7, 3, 4, 5
+    x = torch.randn(B, T, H, P)
+    b = torch.randn(B, T, K)
+    c = torch.randn(B, T, K)
+    delta = torch.rand(B, T, H) * 3
+    rate = torch.rand(H) * 9
     y = probe.selective_scan(x, delta, rate, b, c)
     for i in range(B):
         for h in range(H):
             state = torch.zeros(K, P)
-            for t in range(N):
+            for t in range(T):
                 decay = math.exp(-rate[h] * delta[i, t, h])
-                state = decay * state + delta[i, t, h] * torch.outer(
-                    b[i, t], x[i, t, h]
-                )
+                new = delta[i, t, h] * torch.outer(b[i, t], x[i, t, h])
+                state = decay * state + new
                 assert torch.allclose(y[i, t, h], c[i, t] @ state, atol=1e-4)
 
 
-# ---- Training and the command line --------------------------------------------------------------
+def test_selective_scan_forgets_without_overflow():
+    """Catches exp of the future: with long videos and fast decay it is infinite."""
+    x = torch.randn(1, 400, 1, 2, requires_grad=True)
+    ones = torch.ones(1, 400, 3)
+    delta = torch.full((1, 400, 1), 5.0)
+    y = probe.selective_scan(x, delta, torch.tensor([9.0]), ones, ones)
+    y.sum().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()
 
 
-def test_test_labels_reach_nothing_but_the_score(tmp_path):
-    """Neither training nor the choice of the epoch looks at test: swapped labels swap the score."""
-    data = load_data(write_npz(tmp_path / "out.npz", [f"{i}.mp4" for i in range(60)]))
-    split = {"train": range(30), "val": range(30, 45), "test": range(45, 60)}
-    split = {part: list(indices) for part, indices in split.items()}
-    args, features = (
-        probe.get_args(["--epochs", "5"]),
-        probe.compute_features(data, None, CPU),
+class Nearest(torch.nn.Module):
+    """A head that somebody adds: the class of the training video of nearest average."""
+
+    def __init__(self, dim, outputs):
+        super().__init__()
+        self.outputs = outputs
+
+    def remember(self, videos, targets):
+        self.means = torch.stack([video[1:].float().mean(0) for video in videos])
+        self.targets = targets
+
+    def forward(self, x, is_token):
+        distance = torch.cdist(probe.average(x, is_token), self.means)
+        nearest = self.targets[distance.argmin(1)]
+        return torch.nn.functional.one_hot(nearest, self.outputs).float()
+
+
+def test_a_head_without_training_is_a_row(tmp_path, monkeypatch, capsys):
+    """Catches a table that only takes heads trained by gradient."""
+    monkeypatch.chdir(tmp_path)
+    write_classes(tmp_path)
+    rows = [("majority", probe.Majority, "raw"), ("raw nearest", Nearest, "raw")]
+    monkeypatch.setattr(probe, "ROWS", rows)
+    run_probe("--compare", "--runs", 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["majority", "33.33", "+-", "0.00"]
+    assert lines[2].startswith("raw nearest") and float(lines[2].split()[2]) > 80
+
+
+# ---- Training --------------------------------------------------------------------------
+
+
+def make_task(n=60):
+    """Features of one segment, whose sign is the class, and the split of n videos."""
+    torch.manual_seed(0)
+    targets = torch.arange(n) % 2
+    features = {}
+    for i in range(n):
+        x = torch.randn(1, 16) * 0.7 + (2 * targets[i] - 1)
+        features[i] = torch.nn.functional.pad(x, (0, 0, 1, 0))
+    parts = torch.arange(n).split([n // 2, n // 4, n // 4])
+    return features, targets, dict(zip(("train", "val", "test"), parts, strict=True))
+
+
+@pytest.mark.parametrize("Head", HEADS)
+def test_test_labels_reach_nothing_but_the_score(Head):
+    """Catches a choice of the epoch on test: swapped labels must swap the score."""
+    features, targets, split = make_task()
+    args = probe.get_args(["--epochs", "6"])
+    swapped = targets.clone()
+    swapped[split["test"]] = 1 - targets[split["test"]]
+    scores = []
+    for labels in (targets, swapped):
+        torch.manual_seed(0)
+        scores.append(probe.run(Head, features, labels, split, args, CPU))
+    assert sum(scores) == pytest.approx(100)
+
+
+def record_evaluations(monkeypatch, scores):
+    """Make evaluate return these scores, one a call; list the weights it was called with."""
+    weights = []
+
+    def evaluate(head, *args):
+        weights.append(head.last[1].weight.detach().clone())
+        return scores[len(weights) - 1]
+
+    monkeypatch.setattr(probe, "evaluate", evaluate)
+    return weights
+
+
+def test_best_epoch_on_validation_is_kept(monkeypatch):
+    """Catches the last epoch or rate kept, or a best one that training goes on with."""
+    scores = [(0.5, 1.0), (0.2, 0.9), (0.2, 0.8), (0.4, 0.1)] + 8 * [(0.3, 0.0)]
+    weights = record_evaluations(monkeypatch, scores)
+    features, targets, split = make_task()
+    args = probe.get_args(["--epochs", "4"])
+    train = split["train"]
+    head = probe.fit(
+        probe.LinearProbe, features, targets, train, split["val"], args, CPU
     )
-    targets = torch.arange(60) % 2
-    swapped = torch.where(torch.arange(60) < 45, targets, 1 - targets)
-    for row in ("raw linear", "raw attentive"):
-        one = probe.fit(row, features, targets, split, 0, args, CPU)
-        two = probe.fit(row, features, swapped, split, 0, args, CPU)
-        assert one + two == pytest.approx(100) and one != two
+    assert len(weights) == 12  # three rates
+    assert torch.equal(head.last[1].weight, weights[2])
+    assert not torch.equal(weights[2], weights[3])
 
 
-def test_regression_is_scored_in_its_own_unit(tmp_path):
-    """A target far from zero is learned, and the error is not that of the normalised target."""
-    videos = [f"{i}.mp4" for i in range(120)]
-    data = load_data(write_npz(tmp_path / "out.npz", videos, lengths=[1] * 120))
-    targets = 1000 + 50 * data.embeddings[:, 0].float()
-    split = {
-        "train": list(range(80)),
-        "val": list(range(80, 100)),
-        "test": list(range(100, 120)),
-    }
-    args, features = (
-        probe.get_args(["--lr", "0.01"]),
-        probe.compute_features(data, None, CPU),
-    )
-    mean, linear = (probe.fit(row, features, targets, split, 0, args, CPU)
-                    for row in ("majority", "raw linear"))  # fmt: skip
+def test_without_validation_the_last_epoch_is_kept(monkeypatch):
+    """Catches a choice where there is nothing to choose by: the paper's rate holds."""
+    features, targets, split = make_task()
+    none = torch.tensor([], dtype=torch.long)
+    found = []
+    for flags in (["--epochs", "3"], ["--epochs", "3", "--lr", "1e-4"]):
+        torch.manual_seed(0)
+        args = probe.get_args(flags)
+        train = split["train"]
+        head = probe.fit(probe.LinearProbe, features, targets, train, none, args, CPU)
+        found.append(head.last[1].weight)
+    assert torch.equal(*found) and found[0].abs().sum() > 0
+
+
+def test_regression_is_scored_in_its_own_unit():
+    """Catches a target far from zero that is not learned, or the normalised error."""
+    torch.manual_seed(0)
+    features = {i: torch.randn(2, 16) for i in range(120)}
+    targets = torch.stack([1000 + 50 * features[i][1, 0] for i in range(120)])
+    parts = torch.arange(120).split([80, 20, 20])
+    split = dict(zip(("train", "val", "test"), parts, strict=True))
+    args = probe.get_args(["--lr", "0.01"])
+    mean = probe.run(probe.Majority, features, targets, split, args, CPU)
     error = (targets[100:] - targets[:80].mean()).square().mean().item()
-    assert mean == pytest.approx(error, rel=1e-3) and linear < mean / 5
+    assert mean == pytest.approx(error, rel=1e-3)
+    linear = probe.run(probe.LinearProbe, features, targets, split, args, CPU)
+    assert linear < mean / 5
+
+
+# ---- The command line ------------------------------------------------------------------
 
 
 def test_compare(tmp_path, monkeypatch, capsys):
-    """The real command: every row with n, the same in the file, and the same when run again."""
-    names = [f"{'abc'[i % 3]}/{i}.mp4" for i in range(45)]
-    write_npz(tmp_path / "out.npz", names, labels=[name[0] for name in names])
-    write_checkpoint(tmp_path / "lvmae.pt")
-    flags = [
-        "--compare",
-        "--runs",
-        "2",
-        "--epochs",
-        "4",
-        "--lr",
-        "0.01",
-        "--json",
-        "t.json",
-    ]
-    command = [sys.executable, probe.__file__, *flags, "--device", "cpu"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    lines, table = (
-        result.stdout.splitlines(),
-        json.loads((tmp_path / "t.json").read_text()),
+    """Catches rows, n or the file that differ from what is printed, or from run to run."""
+    videos = write_classes(tmp_path)
+    write_checkpoint(tmp_path / "lvmae.pt", videos=videos[:30])
+    flags = ["--compare", "--runs", "2", "--epochs", "4", "--lr", "0.01"]
+    flags += ["--json", "t.json", "--device", "cpu"]
+    result = subprocess.run(
+        [sys.executable, probe.__file__, *flags],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    table = json.loads((tmp_path / "t.json").read_text())
     assert (
         lines[0] == "2 runs; train 27, val 9, test 9 videos; 3 classes; accuracy in %"
     )
-    assert list(table["rows"]) == list(probe.ROWS)
-    for line, (row, score) in zip(lines[1:], table["rows"].items(), strict=True):
-        assert line.split() == [
-            *row.split(),
-            f"{score['mean']:.2f}",
-            "+-",
-            f"{score['std']:.2f}",
-        ]
-        assert len(score["runs"]) == 2
+    assert list(table["rows"]) == [name for name, _, _ in probe.ROWS]
+    for line, (name, row) in zip(lines[2:], table["rows"].items(), strict=True):
+        mean = f"{row['mean']:.2f}"
+        assert line.split() == [*name.split(), mean, "+-", f"{row['std']:.2f}"]
+        assert len(row["runs"]) == 2
     assert table["n"] == {"train": 27, "val": 9, "test": 9} and table["classes"] == 3
     assert table["rows"]["majority"]["mean"] == pytest.approx(100 / 3)
     assert table["rows"]["raw linear"]["mean"] > 80
     monkeypatch.chdir(tmp_path)
-    probe.main(probe.get_args([*flags, "--device", "cpu"]))
+    probe.main(probe.get_args(flags))
     assert capsys.readouterr().out == result.stdout
 
 
 def test_baseline_stands_beside_the_result(tmp_path, monkeypatch, capsys):
-    """The result comes last, after majority and the raw features with the same head."""
+    """Catches a result that is not last, or without majority and the raw features."""
     monkeypatch.chdir(tmp_path)
-    names = [f"{'ab'[i % 2]}/{i}.mp4" for i in range(30)]
-    write_npz("out.npz", names, labels=[name[0] for name in names])
+    write_classes(tmp_path, 30, "ab")
     write_checkpoint("lvmae.pt")
-    for head, rows in {
-        "linear": ["raw linear", "LV-MAE linear"],
-        "mamba": ["mamba"],
-    }.items():
-        flags = ["--head", head, "--runs", "1", "--epochs", "1", "--device", "cpu"]
-        probe.main(probe.get_args(flags))
-        printed = capsys.readouterr().out.splitlines()[1:]
-        assert [line[:16].strip() for line in printed] == ["majority", *rows]
+    attentive = ["majority", "raw attentive", "LV-MAE attentive"]
+    run_probe("--runs", 1, "--epochs", 1)
+    printed = capsys.readouterr().out.splitlines()[2:]
+    assert [line[:16].strip() for line in printed] == attentive
+    run_probe("--runs", 1, "--epochs", 1, "--head", "mamba", "--ckpt", "none.pt")
+    printed = capsys.readouterr().out.splitlines()[1:]
+    assert [line[:16].strip() for line in printed] == ["majority", "mamba"]
 
 
-def test_errors(tmp_path, monkeypatch):
-    """Wrong files and flags end in one line that names them."""
+def test_linear_is_the_head_of_numbers(tmp_path, monkeypatch, capsys):
+    """Catches likes and views probed otherwise than in section 4.2."""
     monkeypatch.chdir(tmp_path)
-    write_npz("out.npz", [f"{i}.mp4" for i in range(20)])
-    assert "nowhere.csv" in error_of("--labels", "nowhere.csv")
-    assert "'train': 0" in error_of()  # no folders, so no labels
-    Path("a.csv").write_text("clip,score\n1.mp4,3\n")
-    assert "expected video" in error_of("--labels", "a.csv")
-    Path("b.csv").write_text("video,label,split\n1.mp4,x,dev\n")
-    assert "train|val|test" in error_of("--labels", "b.csv")
-    Path("c.csv").write_text(
-        "video,label\n" + "".join(f"{i},{'xy'[i % 2]}\n" for i in range(20))
-    )
-    assert "could not convert" in error_of("--labels", "c.csv", "--regression")
-    assert "lvmae.pt" in error_of("--labels", "c.csv")
-    Path("d.json").write_text("[1]")
-    assert "d.json" in error_of("--labels", "d.json")
-    Path("e.json").write_text(
-        '{"database": {"1": {"class": "x", "subset": "validation"}}}'
-    )
-    assert "train|val|test" in error_of("--labels", "e.json")
-    assert "--batch-size" in error_of("--batch-size", 1)
+    write_npz("out.npz", [f"{i}.mp4" for i in range(40)])
+    write_checkpoint("lvmae.pt")
+    labels = write_csv(Path("l.csv"), [f"{i},{i}.5," for i in range(40)])
+    run_probe("--labels", labels, "--regression", "--runs", 1, "--epochs", 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("mean squared error")
+    assert lines[-1].startswith("LV-MAE linear")
+
+
+@pytest.mark.parametrize("known, expected", [(0, "0"), (10, "10"), (None, "unknown")])
+def test_leakage_is_counted(tmp_path, monkeypatch, capsys, known, expected):
+    """Catches test videos of the pre-training that nobody mentions."""
+    monkeypatch.chdir(tmp_path)
+    videos = write_classes(tmp_path, 40, "ab")
+    rows = [f"{v},{v[0]},{'test' if i < 10 else 'train'}" for i, v in enumerate(videos)]
+    more = {} if known is None else {"videos": [*videos[:known], "0.mp4", "9"]}
+    write_checkpoint("lvmae.pt", **more)
+    labels = write_csv(Path("l.csv"), rows)
+    run_probe("--labels", labels, "--runs", 1, "--epochs", 1, "--json", "t.json")
+    line = f"{expected} of 10 test videos were in the pre-training"
+    assert line in capsys.readouterr().out.splitlines()
+    found = json.loads(Path("t.json").read_text())
+    assert str(found["seen"]) == expected and found["tested"] == 10
+
+
+def test_what_is_not_finite_is_no_table(tmp_path, monkeypatch, capsys):
+    """Catches an accuracy of NaN predictions: argmax finds a class in them."""
+    monkeypatch.chdir(tmp_path)
+    write_classes(tmp_path, 40, "ab")
+    write_checkpoint("lvmae.pt", scale=1e30)
+    error = error_of("--runs", 1, "--epochs", 1, "--json", "t.json")
+    assert "not finite" in error and not Path("t.json").exists()
+    assert "LV-MAE" not in capsys.readouterr().out
+    write_checkpoint("lvmae.pt", scale=math.nan)
+    assert "lvmae.pt" in error_of("--runs", 1, "--epochs", 1)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--lr 0", "--lr nan", "--lr inf", "--epochs 0", "--runs 0", "--seed -1"]
+    + ["--val-share 1", "--val-share nan", "--head knn"],
+)
+def test_impossible_flags_are_refused(flags, capsys):
+    """Catches a rate or number of epochs of 0 that means the default."""
+    with pytest.raises(SystemExit) as error:
+        probe.get_args(flags.split())
+    assert error.value.code == 2 and flags.split()[0] in capsys.readouterr().err
+
+
+def test_json_is_checked_before_any_work(tmp_path, monkeypatch, capsys):
+    """Catches a table that replaces an input, or is lost after an hour of training."""
+    monkeypatch.chdir(tmp_path)
+    videos = write_classes(tmp_path, 30, "ab")
+    write_checkpoint("lvmae.pt")
+    Path("labels.json").write_text("video,label\n" + f"{videos[0]},a\n")
+    before = Path("labels.json").read_bytes()
+    Path("folder.json").mkdir()
+    Path("file").write_text("")
+    for path in ("out.npz", "lvmae.pt", "labels.json", "folder.json", "file/t.json"):
+        assert path in error_of("--labels", "labels.json", "--json", path)
+    assert capsys.readouterr().out == ""
+    assert Path("labels.json").read_bytes() == before
+    load_data("out.npz")
+
+
+def test_wrong_inputs_end_in_one_line(tmp_path, monkeypatch):
+    """Catches a traceback for a missing checkpoint, or one of another size."""
+    monkeypatch.chdir(tmp_path)
+    write_classes(tmp_path, 30, "ab")
+    assert "lvmae.pt" in error_of("--runs", 1)
+    write_checkpoint("lvmae.pt", dim=32)
+    assert "32" in error_of("--runs", 1)
+    write_npz("odd.npz", ["a", "b"], dim=15)
+    assert "odd.npz" in error_of("--data", "odd.npz")
