@@ -64,14 +64,14 @@ def seeded(seed, epoch=0, rank=0):
 def crop(videos, max_segments, generator):
     """Cut a random stretch out of each video (n, D), so that lengths vary.
 
-    Paper: "randomly sample a duration", "entire videos or portions of them".
-    Here: uniform from 2 to n segments, at most max_segments.
+    Paper: "randomly sample a duration in seconds", "entire videos or portions of them".
+    Here: uniform from 2 to max_segments segments, or the whole video if it is shorter.
     """
     u, v = torch.rand(2, len(videos), generator=generator, dtype=torch.double).tolist()
     crops = []
     for i, video in enumerate(videos):
-        longest = min(len(video), max_segments)
-        size = 2 + int(u[i] * (longest - 1))  # 2 to longest
+        size = 2 + int(u[i] * (max_segments - 1))  # 2 to max_segments
+        size = min(size, len(video))
         start = int(v[i] * (len(video) - size + 1))
         crops.append(video[start : start + size])
     return crops

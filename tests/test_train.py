@@ -323,7 +323,7 @@ def test_shares_of_processes(tmp_path):
 
 
 def test_crops():
-    """Catches crops that leave their video, have one segment, or are never all of it."""
+    """Catches crops that leave their video, have one segment, or cut short videos up."""
     videos = []
     for n in torch.arange(2, 40).repeat_interleave(200):
         videos.append(torch.arange(n)[:, None])
@@ -331,6 +331,8 @@ def test_crops():
     for video, part in zip(videos, crops, strict=True):
         assert 2 <= len(part) <= min(len(video), 20)
         assert torch.equal(part, video[part[0] : part[0] + len(part)])
+    pairs = zip(videos, crops, strict=True)
+    assert sum(len(part) == len(video) for video, part in pairs) > 2000
     last = crops[-200:]  # of videos of 39 segments
     assert {len(part) for part in last} >= {2, 20}
     assert any(part[0] == 0 for part in last) and any(part[-1] == 38 for part in last)

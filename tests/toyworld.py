@@ -5,17 +5,27 @@ A video shows one object after the other in front of a place that holds for the 
 six steps. Recipes come in pairs, 1a and 1b, 2a and 2b..: same steps, another order.
 A bag of segments cannot tell 1a from 1b; the order of the segments can.
 
-    python tests/toyworld.py toy/          # toy/videos/ toy/captions.csv toy/clip/
+    python tests/toyworld.py toy/          # toy/videos/ toy/captions.csv toy/labels.csv toy/clip/
     python tests/toyworld.py toy/ --run    # and then every stage on it, and one table
 
-The first ends with a line like "made in 45 s", the second with "the whole took 4.7 minutes".
+The first ends with a line like "made in 30 s", the second with "the whole took 4.7 minutes".
+
+As in the paper, there are many videos without a label and few with one. Of each recipe, 5 videos
+are labelled to train a head on, 5 to choose its best epoch, and 20 to test it. The videos without
+a label are spliced, not filmed: each is a new story, and each of its segments is one of the
+extracted segments that show what the story says, drawn by lot from any video that is not a test
+video. So thousands of sequences cost no more than one, and nothing of a test video is in them.
+
+    videos/ --extract.py--> out.npz --+--splice--> unlabelled.npz --train.py--> lvmae.pt
+                                      +--labels.csv--> probe.py: the recipe of a video
+                                      +--test videos--> test.npz --> retrieve.py: captions
 """
 
 import argparse
 import csv
 import json
 import os
-import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -27,7 +37,9 @@ import open_clip
 import safetensors.torch
 import torch
 
-SIZE, FPS, SEGMENT_SECONDS = 64, 2, 5  # pixels, frames per second, seconds
+SIZE = 64  # pixels
+FPS = 2  # frames per second
+SEGMENT_SECONDS = 5
 COLOURS = {
     "red": (220, 30, 30),
     "cyan": (40, 220, 220),
@@ -38,10 +50,8 @@ COLOURS = {
     "pink": (250, 150, 200),
     "white": (250, 250, 250),
 }
-BAR = np.array(
-    [1.5 + 0.4j, -1.5 + 0.4j, -1.5 - 0.4j, 1.5 - 0.4j]
-)  # an outline, points x + iy
-SHAPES = {
+BAR = np.array([1.5 + 0.4j, -1.5 + 0.4j, -1.5 - 0.4j, 1.5 - 0.4j])  # points x + iy
+SHAPES = {  # outlines
     "circle": np.exp(2j * np.pi * np.arange(32) / 32),
     "bar": BAR,
     "post": 1j * BAR,
@@ -59,7 +69,19 @@ CLIP_CONFIG = {
     "vision_cfg": {"image_size": SIZE, "layers": 2, "width": 128, "patch_size": 16},
     "text_cfg": {"context_length": 16, "width": 32, "heads": 2, "layers": 1},
 }
-MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+MEAN = (0.5, 0.5, 0.5)
+STD = (0.5, 0.5, 0.5)
+
+SEQUENCES = 4000  # spliced
+EPOCHS = 28  # of the pre-training
+FLAGS = "--mask-ratio 0.75 --decoder-dim 128 --batch-size 32 --warmup-epochs 1"
+FLAGS += f" --epochs {EPOCHS}"
+
+WRITTEN = (  # all that this script and the stages write into the folder
+    *("clip", "videos", "captions.csv", "labels.csv"),
+    *("out.npz", "out.npz.parts", "unlabelled.npz", "test.npz"),
+    *("lvmae.pt", "lvmae.jsonl", "probe.json", "retrieve.json"),
+)
 
 
 def get_args(argv=None):
@@ -67,28 +89,32 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "folder", type=Path, help="where to put videos/, captions.csv and clip/"
+    add = parser.add_argument
+    add(
+        "folder", type=Path, help="where to put it; what an earlier run left is removed"
     )
-    parser.add_argument("--run", action="store_true", help="then run every stage on it")
-    parser.add_argument("--small", action="store_true", help="a tenth of it, for tests")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    add("--run", action="store_true", help="then run every stage on it")
+    add("--small", action="store_true", help="a tenth of it, for tests")
+    add(
+        "--labelled",
+        type=int,
+        default=5,
+        help="videos of each recipe to train a head on",
+    )
+    add("--seed", type=int, default=0, help="seed of everything random")
     return parser.parse_args(argv)
 
 
 def make_recipes(rng):
-    """Return {name: list of 6 objects}: four pairs, in each the same steps in another order."""
+    """Return {name: list of 6 objects}: four pairs, each the same steps in two orders."""
     recipes = {}
-    for pair, steps in enumerate(
-        rng.permutation(OBJECTS).reshape(4, 6).tolist(), start=1
-    ):
+    for pair, steps in enumerate(rng.permutation(OBJECTS).reshape(4, 6).tolist(), 1):
         a, b, c, d, e, f = steps
-        # Half of the steps keep their places. So what was hidden between two visible steps cannot
-        # be told from these two: one must know, from elsewhere, which recipe is running.
-        recipes[f"{pair}a"], recipes[f"{pair}b"] = (
-            [a, b, c, d, e, f],
-            [a, f, c, b, e, d],
-        )
+        # Half of the steps keep their places. So what was hidden between two visible
+        # steps cannot be told from these two: one must know, from elsewhere, which
+        # recipe is running.
+        recipes[f"{pair}a"] = [a, b, c, d, e, f]
+        recipes[f"{pair}b"] = [a, f, c, b, e, d]
     return recipes
 
 
@@ -97,17 +123,19 @@ def make_story(rng, steps):
     story = []
     while not 12 <= len(story) <= 40:
         slowest = rng.integers(2, 6)
-        story = [step for step in steps for _ in range(rng.integers(1, slowest + 1))]
-        story = (
-            rng.choice(OBJECTS, rng.integers(4)).tolist() + story
-        )  # begins late: noise
+        story = rng.choice(OBJECTS, rng.integers(4)).tolist()  # begins late: noise
+        for step in steps:
+            story += [step] * rng.integers(1, slowest + 1)
         for place in rng.integers(1, len(story), rng.binomial(len(story), 0.05)):
             story.insert(place, str(rng.choice(OBJECTS)))  # is interrupted: noise
     return story
 
 
 def draw_segment(rng, thing, place, frames=FPS * SEGMENT_SECONDS):
-    """Draw an object that drifts and tilts in front of a place: (frames, SIZE, SIZE, 3) RGB."""
+    """Draw an object that drifts and tilts in front of a place.
+
+    Returns (frames, SIZE, SIZE, 3) RGB.
+    """
     _, colour, shape = thing.split()
     x, y, radius, angle = rng.uniform([28, 28, 16, -0.2], [36, 36, 21, 0.2])
     dx, dy, turn = rng.uniform(-1, 1, 3) * [0.5, 0.5, 0.03]
@@ -123,10 +151,11 @@ def draw_segment(rng, thing, place, frames=FPS * SEGMENT_SECONDS):
 
 
 def draw_captions(rng):
-    """Draw one frame of every caption: (captions, 3, SIZE, SIZE), normalised for the CLIP."""
-    frames = [
-        draw_segment(rng, thing, place, 1) for place in PLACES for thing in OBJECTS
-    ]
+    """Draw one frame of every caption, normalised: (captions, 3, SIZE, SIZE)."""
+    frames = []
+    for place in PLACES:
+        for thing in OBJECTS:
+            frames.append(draw_segment(rng, thing, place, frames=1))
     frames = torch.from_numpy(np.concatenate(frames)).permute(0, 3, 1, 2)
     return (frames / 255 - MEAN[0]) / STD[0]
 
@@ -140,15 +169,15 @@ def train_clip(folder, steps, seed):
     loss_of = open_clip.ClipLoss()
     optimizer = torch.optim.AdamW(clip.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
-    for _ in range(
-        steps
-    ):  # every batch holds each caption once: no pair is wrongly a negative
+    for _ in range(steps):
+        # Every batch holds each caption once: no pair is wrongly a negative.
         loss = loss_of(**clip(draw_captions(rng), texts))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    folder.mkdir(parents=True, exist_ok=True)
+
+    folder.mkdir(parents=True)
     safetensors.torch.save_file(
         clip.state_dict(), folder / "open_clip_model.safetensors"
     )
@@ -164,7 +193,7 @@ def train_clip(folder, steps, seed):
 
 @torch.no_grad()
 def clip_accuracy(folder, seed, draws=5):
-    """Return how many unseen frames have their own caption as the nearest of all captions."""
+    """Return how many unseen frames have their own caption nearest of all captions."""
     clip, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     clip.eval()
     texts = open_clip.get_tokenizer(f"local-dir:{folder}")(CAPTIONS)
@@ -177,83 +206,199 @@ def clip_accuracy(folder, seed, draws=5):
     return (best == torch.arange(len(CAPTIONS))).float().mean().item()
 
 
-def make_videos(folder, count, seed):
-    """Write the videos, an equal number of each recipe, and captions.csv."""
+def write_csv(path, header, rows):
+    """Write a table with a line of names above it."""
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def make_videos(folder, recipes, labelled, val, test, seed):
+    """Write the videos, captions.csv and labels.csv.
+
+    Of each recipe: `labelled` videos train a head, `val` choose its best epoch, and
+    `test` test it.
+    """
     rng = np.random.default_rng(seed)
-    recipes = make_recipes(rng)
-    with open(folder / "captions.csv", "w", newline="") as file:
-        captions = csv.writer(file)
-        captions.writerow(["video", "start", "caption"])
-        for i in range(count):
-            recipe = list(recipes)[i % len(recipes)]
-            story, place = make_story(rng, recipes[recipe]), rng.choice(list(PLACES))
-            path = folder / "videos" / recipe / f"{i:03d}.mp4"
+    captions = []
+    labels = []
+    for number in range(labelled + val + test):
+        for recipe, steps in recipes.items():
+            name = f"{recipe}/{number:03d}.mp4"
+            story = make_story(rng, steps)
+            place = rng.choice(list(PLACES))
+
+            path = folder / "videos" / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            writer = cv2.VideoWriter(
-                str(path), cv2.VideoWriter_fourcc(*"mp4v"), FPS, (SIZE, SIZE)
-            )
-            for n, thing in enumerate(story):
+            codec = cv2.VideoWriter_fourcc(*"mp4v")
+            writer = cv2.VideoWriter(str(path), codec, FPS, (SIZE, SIZE))
+            for i, thing in enumerate(story):
                 for frame in draw_segment(rng, thing, place):
                     writer.write(frame[..., ::-1])  # RGB to OpenCV's BGR
-                caption = f"{thing} {place}"
-                captions.writerow(
-                    [f"{recipe}/{path.name}", n * SEGMENT_SECONDS, caption]
-                )
+                captions.append((name, i * SEGMENT_SECONDS, f"{thing} {place}"))
             writer.release()
 
+            if number < labelled:
+                split = "train"
+            elif number < labelled + val:
+                split = "val"
+            else:
+                split = "test"
+            labels.append((name, recipe, split))
+    write_csv(folder / "captions.csv", ("video", "start", "caption"), captions)
+    write_csv(folder / "labels.csv", ("video", "label", "split"), labels)
 
-def run_scripts(folder, epochs, seed):
-    """Run every stage on the world as a user would, and print one table of what they found."""
-    root = Path(__file__).resolve().parent.parent
-    videos, data, ckpt = folder / "videos", folder / "out.npz", folder / "lvmae.pt"
-    found = {stage: folder / f"{stage}.json" for stage in ("retrieve", "probe")}
-    for command in (
-        f"extract.py {videos} {data} --model {folder / 'clip'} --batch-size 128",
-        f"train.py --data {data} --out {ckpt} --mask semantic --epochs {epochs} --seed {seed}",
-        f"probe.py --data {data} --ckpt {ckpt} --compare --json {found['probe']} --seed {seed}",
-        f"retrieve.py --data {data} --ckpt {ckpt} --captions {folder / 'captions.csv'}"
-        f" --mask semantic --mask-ratio 0.5 --json {found['retrieve']} --seed {seed}",
-    ):
-        print(f"\n$ python {command}", flush=True)
-        script, *flags = shlex.split(command)
-        # One thread trains on matrices as small as these faster than two.
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, root / script, *flags], check=True, env=env)
 
-    ranks, probes = (
-        json.loads(found[stage].read_text()) for stage in ("retrieve", "probe")
+def read_world(folder):
+    """Return the arrays of out.npz, the caption of each segment, the test videos."""
+    with np.load(folder / "out.npz") as file:
+        data = dict(file)
+
+    with open(folder / "captions.csv", newline="") as file:
+        caption_of = {}
+        for row in csv.DictReader(file):
+            caption_of[row["video"], float(row["start"])] = row["caption"]
+    names = np.repeat(data["videos"], data["lengths"])  # (S,)
+    captions = []
+    for name, start in zip(names.tolist(), data["starts"].tolist(), strict=True):
+        captions.append(caption_of[name, start])
+
+    with open(folder / "labels.csv", newline="") as file:
+        tested = [
+            row["video"] for row in csv.DictReader(file) if row["split"] == "test"
+        ]
+    return data, captions, np.isin(data["videos"], tested)
+
+
+def write_test_videos(folder):
+    """Write test.npz: what out.npz holds of the test videos."""
+    data, _, is_test = read_world(folder)
+    of_segment = np.repeat(is_test, data["lengths"])  # (S,)
+    for name in ("embeddings", "starts"):
+        data[name] = data[name][of_segment]
+    for name in ("lengths", "videos", "labels"):
+        data[name] = data[name][is_test]
+    np.savez(folder / "test.npz", **data)
+
+
+def recipes_of(seed):
+    """Return the recipes of the world that this seed makes."""
+    return make_recipes(np.random.default_rng(seed + 2))
+
+
+def splice(folder, count, seed, name="unlabelled.npz"):
+    """Write an npz of new stories, told with segments that have been extracted.
+
+    Each sequence follows one recipe at one place, as a video does. Each of its segments
+    is drawn by lot among those that show what the story says there, in whatever video;
+    those of the test videos are left out.
+    """
+    recipes = recipes_of(seed)
+    data, captions, is_test = read_world(folder)
+    of_segment = np.repeat(is_test, data["lengths"])  # (S,)
+    rows_of = {}  # of each caption: where it is to be seen
+    for row in np.flatnonzero(~of_segment):
+        rows_of.setdefault(captions[row], []).append(row)
+
+    rng = np.random.default_rng(seed)
+    rows = []
+    lengths = []
+    while len(lengths) < count:
+        recipe = rng.choice(list(recipes))
+        place = rng.choice(list(PLACES))
+        story = [f"{thing} {place}" for thing in make_story(rng, recipes[recipe])]
+        if not rows_of.keys() >= set(story):
+            continue  # something in it is to be seen in the test videos alone
+        rows += [rng.choice(rows_of[caption]) for caption in story]
+        lengths.append(len(story))
+
+    np.savez(
+        folder / name,
+        embeddings=data["embeddings"][rows],
+        lengths=np.array(lengths),
+        videos=np.array([f"spliced/{i:05d}" for i in range(count)]),
+        meta=data["meta"],
     )
-    print("\ncaption of a masked segment   R@1    R@5")
+    n = (~of_segment).sum()
+    print(f"{folder / name}: {count:,} sequences, {len(rows):,} segments", end="")
+    print(f", spliced from {n:,} of the videos that are no test", flush=True)
+
+
+def run(command, folder):
+    """Run one stage as a user would who stands in the folder of the world."""
+    root = Path(__file__).resolve().parent.parent
+    print(f"\n$ python {command}", flush=True)
+    script, *flags = command.split()
+    # One thread trains on matrices as small as these faster than two.
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, root / script, *flags]
+    subprocess.run(command, cwd=folder, env=env, check=True)
+
+
+def run_stages(folder, sequences, flags, seed):
+    """Run every stage on the world, and print one table of what they found."""
+    run("extract.py videos out.npz --model clip", folder)
+    write_test_videos(folder)
+    splice(folder, sequences, seed)
+    run(f"train.py --data unlabelled.npz {flags} --seed {seed}", folder)
+    flags = f"--labels labels.csv --json probe.json --seed {seed}"
+    run(f"probe.py --compare {flags}", folder)
+    run(f"retrieve.py --data test.npz --json retrieve.json --seed {seed}", folder)
+
+    ranks = json.loads((folder / "retrieve.json").read_text())
+    print("\ncaption of a masked segment, unseen videos   R@1    R@5")
     for name in ("true", "reconstructed", "interpolation", "chance"):
-        print(f"{name:26} {ranks[name]['R@1']:5.1f}% {ranks[name]['R@5']:5.1f}%")
-    print("\nrecipe of a video        accuracy")
-    for name in (
-        "majority",
-        "raw linear",
-        "LV-MAE linear",
-        "raw attentive",
-        "LV-MAE attentive",
-    ):
-        row = probes["rows"][name]
-        print(f"{name:26} {row['mean']:5.1f}% +- {row['std']:.1f}")
+        print(f"{name:42} {ranks[name]['R@1']:5.1f}% {ranks[name]['R@5']:5.1f}%")
+
+    probes = json.loads((folder / "probe.json").read_text())
+    print("\nrecipe of an unseen video, few labels    accuracy")
+    for name, row in probes["rows"].items():
+        print(f"{name:42} {row['mean']:5.1f}% +- {row['std']:.1f}")
+
+
+def clear(folder):
+    """Make the folder, or remove the world that an earlier run left in it."""
+    mark = folder / "toyworld.txt"
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()) and not mark.exists():
+        raise SystemExit(f"{folder}: found files, expected a new folder or a toy world")
+    mark.write_text(
+        "Made by tests/toyworld.py, which removes it when it makes another.\n"
+    )
+    for name in WRITTEN:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def main(args):
     """Make the world, and run every stage on it if asked to."""
-    start, videos = time.time(), 24 if args.small else 240
-    train_clip(args.folder / "clip", 25 if args.small else 250, args.seed)
-    accuracy = clip_accuracy(args.folder / "clip", args.seed + 1)
-    print(
-        f"{args.folder}/clip: {accuracy:.1%} of unseen frames have their own caption nearest"
-    )
-    make_videos(args.folder, videos, args.seed + 2)
-    segments = (args.folder / "captions.csv").read_text().count("\n") - 1
-    print(
-        f"{args.folder}: {videos} videos, {segments:,} segments, {len(CAPTIONS)} captions"
-    )
+    start = time.time()
+    folder = args.folder
+    steps = 250  # of the training of the CLIP
+    val = 5  # videos of each recipe
+    test = 20
+    sequences = SEQUENCES
+    flags = FLAGS
+    if args.small:
+        steps = 25
+        args.labelled = val = test = 1
+        sequences = 64
+        flags = "--epochs 2 --warmup-epochs 1"
+
+    clear(folder)
+    train_clip(folder / "clip", steps, args.seed)
+    accuracy = clip_accuracy(folder / "clip", args.seed + 1)
+    print(f"{folder}/clip: {accuracy:.1%} of unseen frames have their caption nearest")
+    make_videos(folder, recipes_of(args.seed), args.labelled, val, test, args.seed + 3)
+    videos = 8 * (args.labelled + val + test)
+    segments = (folder / "captions.csv").read_text().count("\n") - 1
+    print(f"{folder}: {videos} videos, {segments:,} segments", end="")
+    print(f", {len(CAPTIONS)} captions")
     print(f"made in {time.time() - start:.0f} s", flush=True)
     if args.run:
-        run_scripts(args.folder, 2 if args.small else 120, args.seed)
+        run_stages(folder, sequences, flags, args.seed)
         print(f"\nthe whole took {(time.time() - start) / 60:.1f} minutes")
 
 
