@@ -1,285 +1,519 @@
-"""Stage 4 of LV-MAE: read reconstructed segments as captions (section 3.4, Figures 3 and 4).
+"""Stage 4 of LV-MAE: read reconstructed segments as captions (section 3.4).
 
-Each video is masked in part, the model rebuilds the masked embeddings from the visible ones, and
-each is read as the caption whose text embedding is the most similar.
+A video is masked in part, the model rebuilds the masked embeddings from the visible ones,
+and each is read as the caption whose text embedding is the most similar (Figure 3):
+
+    segments (n, D) --mask, LVMAE--> reconstructions (n, D)
+                                          |  Eq. (4): cosine similarity
+    captions (C,) --text encoder--> (C, D) --> the nearest, and the rank of the true one
 
     python retrieve.py --captions captions.csv             # reads out.npz and lvmae.pt
     python retrieve.py --captions captions.csv --figure retrieval.png --videos videos/
 
-Captions come as .txt (one a line), .csv (video,start,caption: the true one of each segment) or .npz
-(captions (C,) str, embeddings (C, D): for encoders that open_clip does not have). At the end stands
-how high the true caption ranks, for the masked segments of all videos, those of the training
-included; where none is known, the caption that the true embedding retrieves takes its place. The
-240 videos of the toy world take 7 CPU seconds, half of them to import open_clip.
+Captions come as .txt (one a line), .csv (video,start,caption: the true one of each
+segment) or .npz (captions (C,) and embeddings (C, D) of another encoder; with videos (C,)
+and starts (C,) also the true ones). At the end stands how high the true caption ranks,
+over the videos that the model was not trained on. The last line is that of chance. It
+takes 5 seconds for 240 short videos.
 
-C captions without repeats, Q queries; the other letters are those of model.py.
+Shapes: C captions, each once; Q queries; n segments of a video; D as in model.py.
 """
 
 import argparse
 import csv
-import difflib
-import hashlib
 import json
 import os
 import sys
 import textwrap
+from collections import defaultdict
+from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import model as lvmae
-from extract import decode, load_encoder, save
-from model import explain, require
+from extract import BadVideo, decode, encoder_name, load_encoder
+from model import number, require
+from train import trivial_predictions
 
-TITLES = "time", "", "true caption", "true embedding", "reconstruction"
-COLOURS = "black", "#1a5fb4", "#c01c28"  # of the last three
-TILE = {"size": (160, 240), "resize_mode": "longest", "fill_color": 230}  # how a frame is drawn
-BLANK = np.full((160, 240, 3), 230, np.uint8)  # where the video has no frame
+# ---- Retrieval (section 3.4) -----------------------------------------------------------
 
-
-def get_args(argv=None):
-    """Read the command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--data", default="out.npz", help="segment embeddings, from extract.py")
-    add("--ckpt", default="lvmae.pt", help="checkpoint, from train.py")
-    add("--captions", default="captions.csv", help=".txt, .csv or .npz")
-    # What is masked
-    add("--mask", choices=lvmae.MASKS, default="random", help="strategy")
-    add("--mask-ratio", type=float, default=0.4, help="share of a video, 0 to 1")
-    add("--seed", type=int, default=0, help="of the random masks")
-    # What is shown
-    add("--video", nargs="+", metavar="NAME", help="videos to show; none: the longest")
-    add("--show", type=int, default=12, help="segments to show, from mid-video")
-    add("--top-k", type=int, default=1, help="captions to show of each embedding")
-    add("--figure", metavar="PNG", help="also draw them, with a frame of each segment")
-    add("--videos", metavar="FOLDER", default="", help="folder given to extract.py, for --figure")
-    add("--json", metavar="FILE", help="also write the scores to this file")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where")
-    return parser.parse_args(argv)
+BLOCK = 2**27  # similarities in memory at once: half a GiB, for any number of captions
 
 
-def read_captions(path, data):
-    """Read C captions, their embeddings (C, D) or None, and each segment's true caption or -1."""
-    keys, embeddings = [], None
-    with explain(path, "lines (.txt), video,start,caption (.csv) or captions, embeddings (.npz)"):
-        if path.endswith(".npz"):
-            with np.load(path, allow_pickle=False) as file:
-                texts, embeddings = file["captions"].tolist(), torch.from_numpy(file["embeddings"])
-        else:
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                texts = list(file)
-        if path.endswith(".csv"):
-            rows = list(csv.DictReader(texts))
-            texts = [row["caption"] or "" for row in rows]
-            keys = [(row["video"], round(10 * float(row["start"]))) for row in rows]
-        texts = [" ".join(text.split()) for text in texts]
-    place = {text: i for i, text in enumerate(texts) if text}  # each caption once
-    number = {text: c for c, text in enumerate(place)}
-    if embeddings is not None:
-        found, expected = tuple(embeddings.shape), (len(texts), data.embeddings.shape[1])
-        require(found == expected and embeddings.isfinite().all(),
-                f"{path}: embeddings: found {found}, expected {expected}, all finite")
-        embeddings = F.normalize(embeddings[list(place.values())].float(), dim=1)
-    tenths = (data.starts * 10).round().tolist()  # starts agree if they do to a tenth of a second
-    names = np.repeat(np.array(data.videos, object), data.lengths)
-    caption = dict(zip(keys, texts, strict=False))  # of segments; only a .csv has keys
-    truth = [number.get(caption.get(key), -1) for key in zip(names, tenths, strict=True)]
-    truth = torch.tensor(truth)  # (S,)
-    require(number and (not keys or (truth >= 0).any()),
-            f"{path}: found no caption{' of a segment' if keys else ''}, expected some (videos as "
-            f"{names[0]}, starts as {tenths[0] / 10} in {data.path})")
-    return list(number), embeddings, truth
+def search(queries, captions, top_k):
+    """Find the top_k captions (C, D) nearest to each of queries (Q, D), of unit length.
+
+    Returns their similarities and their numbers, both (Q, top_k), the nearest first.
+    """
+    similarities = []
+    numbers = []
+    for block in queries.split(max(1, BLOCK // len(captions))):
+        similarity = block.to(captions) @ captions.T  # (q, C), Eq. (4)
+        best = similarity.topk(min(top_k, len(captions)))
+        similarities.append(best.values.cpu())
+        numbers.append(best.indices.cpu())
+    return torch.cat(similarities), torch.cat(numbers)
 
 
-@torch.no_grad()
-def embed_captions(path, captions, data, device):
-    """Embed captions with the text tower of the model that made `data`, or recall it: (C, D)."""
-    name, weights = data.meta.get("model", ""), data.meta.get("pretrained", "")
-    files = [file for file in (Path(weights), *sorted(Path(name).glob("*"))) if file.is_file()]
-    source = json.dumps([captions, data.meta, [file.stat().st_mtime for file in files]])
-    digest, cache = hashlib.sha256(source.encode()).hexdigest(), Path(f"{path}.cache.npz")
-    if cache.exists() and np.load(cache)["digest"] == digest:
-        return torch.from_numpy(np.load(cache)["embeddings"])
-    embeddings, size = [], data.embeddings.shape[1]
-    try:
-        is_known = name in open_clip.list_models() or os.path.isdir(name) or ":" in name
-        require(is_known, f"found model {name!r}, expected a name or folder of open_clip")
-        clip, tokenizer_name = load_encoder(name, weights, device)
-        tokenize = open_clip.get_tokenizer(tokenizer_name)
-        for i in tqdm(range(0, len(captions), 256), "captions", disable=len(captions) < 10_000):
-            text = clip.encode_text(tokenize(captions[i : i + 256]).to(device)).float()  # (256, D)
-            embeddings.append(F.normalize(text, dim=1).half().cpu())
-        found = text.shape[1]
-        require(found == size, f"found embeddings of size {found}, expected {size}")
-    except (SystemExit, ImportError) as error:  # the lines of load_encoder, and those above
-        raise SystemExit(f"{data.path}: its text tower: {error}; or give --captions"
-                         " FILE.npz (captions, embeddings)") from None
-    embeddings = torch.cat(embeddings)  # (C, D)
-    if os.access(cache.parent, os.W_OK):
-        save(cache, digest=digest, embeddings=embeddings.numpy())
+def rank_captions(queries, captions, truth):
+    """Rank caption truth[q] among captions (C, D) for each of queries (Q, D) -> (Q,).
+
+    1 is the best. Another caption that is just as similar counts as better: captions that
+    all look alike must not pass for a success.
+    """
+    ranks = []
+    size = max(1, BLOCK // len(captions))
+    for block, true in zip(queries.split(size), truth.split(size), strict=True):
+        similarity = block.to(captions) @ captions.T  # (q, C), Eq. (4)
+        of_true = similarity.gather(1, true[:, None].to(captions.device))  # (q, 1)
+        rank = (similarity >= of_true).sum(1, dtype=torch.int32)  # (q,)
+        ranks.append(rank.cpu())
+    return torch.cat(ranks)
+
+
+def to_unit_length(embeddings, source):
+    """Scale the rows of (n, D) to length 1, or stop where one has no direction.
+
+    Comparisons with NaN are False: a rank would count nothing that is better.
+    """
+    embeddings = F.normalize(embeddings.float(), dim=1)
+    error = (embeddings.norm(dim=1) - 1).abs()
+    require((error < 1e-3).all(), f"{source}: an embedding is zero, too large or NaN")
     return embeddings
 
 
 @torch.no_grad()
-def reconstruct(model, data, args, device):
-    """Mask each video and rebuild what is masked: is_masked (S,), {name: embeddings (S, D)}."""
-    generator = torch.Generator().manual_seed(args.seed)
-    is_masked = torch.zeros(len(data.embeddings), dtype=torch.bool)
-    rebuilt = {"true": data.embeddings}
-    for batch in data.lengths.argsort(stable=True).split(16):  # alike lengths: little padding
-        first, lengths = data.first[batch], data.lengths[batch]
-        embeddings = lvmae.pad(data.embeddings, first, lengths)  # (B, N, D)
-        masked = lvmae.MASKS[args.mask](embeddings, lengths, args.mask_ratio, generator)  # (B, N)
-        guesses = {"reconstructed": model(embeddings.to(device), lengths, masked)[1].cpu()}
-        guesses |= lvmae.trivial_predictions(embeddings, lengths, masked)
-        rows = (first[:, None] + torch.arange(masked.shape[1]))[masked]  # of the masked segments
-        is_masked[rows] = True
-        for name, guess in guesses.items():
-            rebuilt.setdefault(name, torch.zeros_like(data.embeddings))[rows] = guess[masked].half()
-    return is_masked, rebuilt
+def reconstruct(model, data, v, args, device):
+    """Mask video v and rebuild it -> is_masked (n,), {name: embeddings (n, D)}."""
+    embeddings, lengths = lvmae.collate([data.embeddings[v]])  # (1, n, D), (1,)
+    mask = lvmae.MASKS[args.mask]
+    generator = torch.Generator().manual_seed(args.seed + v)  # whatever else is scored
+    is_masked = mask(embeddings, lengths, args.mask_ratio, generator)  # (1, n)
+    _, predictions = model(embeddings.to(device), lengths, is_masked)  # (1, n, D)
+
+    guesses = {"true": embeddings, "reconstructed": predictions.cpu()}
+    guesses |= trivial_predictions(embeddings, lengths, is_masked)
+    rebuilt = {}
+    for name, guess in guesses.items():
+        source = f"{args.ckpt}: {name} embeddings of {data.videos[v]}"
+        rebuilt[name] = to_unit_length(guess[0], source)  # (n, D)
+    return is_masked[0], rebuilt
 
 
-@torch.no_grad()
-def search(queries, captions, truth, top_k, device):
-    """Rank captions (C, D), of length 1, by similarity to queries (Q, D), block by block: Eq. (4).
+def rank_masked(model, data, videos, captions, args, device):
+    """Rank the true captions of all Q masked segments of videos -> {name: ranks (Q,)}.
 
-    Returns the top_k similarities, the numbers of these captions, both (Q, top_k), and the rank of
-    caption truth[q] for query q, (Q,), from 1; it means nothing where truth is -1, unknown. All
-    similarities (Q, C) would not fit in memory.
+    Segments without a true caption do not count. Where there is no true caption at all,
+    the one that the true embedding retrieves takes its place.
     """
-    queries = F.normalize(queries.to(device).float(), dim=1)
-    # Only what is more similar than this ranks higher; 1e-6, since rounding must not count as more.
-    threshold = (queries * captions[truth].to(queries)).sum(1, keepdim=True) + 1e-6  # (Q, 1)
-    best = torch.full((len(queries), min(top_k, len(captions))), -2.0, device=device)
-    number, rank = torch.zeros_like(best, dtype=torch.long), torch.ones_like(threshold[:, 0])
-    blocks = range(0, len(captions), 2048)
-    for c in tqdm(blocks, "search", leave=False, disable=len(captions) < 100_000 or None):
-        block = captions[c : c + 2048].to(queries).T  # (D, 2048)
-        for q in range(0, len(queries), 1024):
-            similarity = queries[q : q + 1024] @ block  # (1024, 2048)
-            # topk is slow: only for the few rows that find something better than before.
-            rows = q + (similarity.amax(1) > best[q : q + 1024, -1]).nonzero()[:, 0]
-            values, places = similarity[rows - q].topk(min(top_k, block.shape[1]))
-            best[rows], order = torch.cat([best[rows], values], 1).topk(best.shape[1])
-            number[rows] = torch.cat([number[rows], places + c], 1).gather(1, order)
-            rank[q : q + 1024] += (similarity > threshold[q : q + 1024]).sum(1)
-    return best.cpu(), number.cpu(), rank.cpu()
+    truth = []
+    queries = defaultdict(list)
+    for v in tqdm(videos, "videos", leave=False, disable=None):
+        is_masked, rebuilt = reconstruct(model, data, v, args, device)
+        true = captions.truth[v]  # (n,)
+        if not captions.has_truth:
+            _, nearest = search(rebuilt["true"], captions.embeddings, 1)  # (n, 1)
+            true = nearest[:, 0]
+        is_scored = is_masked & (true >= 0)
+        truth.append(true[is_scored])
+        for name, embeddings in rebuilt.items():
+            queries[name].append(embeddings[is_scored])
+
+    truth = torch.cat(truth)  # (Q,)
+    message = f"{args.captions}: no caption of what is masked in {len(videos)} videos"
+    require(len(truth), message)
+    ranks = {}
+    for name, embeddings in queries.items():
+        embeddings = torch.cat(embeddings)  # (Q, D)
+        ranks[name] = rank_captions(embeddings, captions.embeddings, truth)
+    ranks["chance"] = torch.arange(1, len(captions.texts) + 1)
+    return ranks
 
 
-def print_table(segments):
-    """Print segments, tuples of texts as TITLES, in at most 100 columns."""
-    columns = [c for c in zip(TITLES, *segments, strict=True) if any(c[1:])]
-    widths = [max(len(line) for cell in c for line in cell.split("\n")) for c in columns]
-    while sum(widths) > 92:  # and four gaps of 2
-        widths[widths.index(max(widths))] -= 1
-    for row in zip(*columns, strict=True):
-        cells = [[part for line in cell.split("\n") for part in textwrap.wrap(line, width)]
-                 for cell, width in zip(row, widths, strict=True)]
+def score(ranks):
+    """Print recalls in percent, and the median, of ranks {name: (Q,)}, and return them."""
+    print(f"{'':16}     R@1     R@5    R@10   median rank")
+    scores = {}
+    for name, rank in ranks.items():
+        row = {}
+        for k in (1, 5, 10):
+            row[f"R@{k}"] = 100 * (rank <= k).double().mean().item()
+        row["median rank"] = float(np.median(rank))
+        print("{:16}{:7.1f}%{:7.1f}%{:7.1f}%{:14.1f}".format(name, *row.values()))
+        scores[name] = row
+    return scores
+
+
+# ---- Table and figure ------------------------------------------------------------------
+
+COLOURS = ["black", "#1a5fb4", "#c01c28"]  # of the three texts
+RED = COLOURS[2]
+GREY = (230, 230, 230)
+
+
+@dataclass
+class Segment:
+    """What is shown of a segment; a text may have several lines."""
+
+    start: float  # seconds
+    is_masked: bool
+    caption: str = ""  # the true one, if it is known
+    true: str = ""  # what the true embedding is read as
+    reconstruction: str = ""  # what the reconstruction is read as, where it is masked
+
+    def time(self):
+        return f"{int(self.start) // 60}:{int(self.start) % 60:02}"
+
+    def texts(self):
+        return [self.caption, self.true, self.reconstruction]
+
+
+def read_embedding(embedding, captions, top_k, truth=-1):
+    """Read an embedding (D,) as its nearest captions, one a line; caption truth is 'same'."""
+    similarities, numbers = search(embedding[None], captions.embeddings, top_k)
+    lines = []
+    for similarity, c in zip(similarities[0], numbers[0].tolist(), strict=True):
+        text = captions.texts[c]
+        if c == truth:
+            text = "same"
+        lines.append(f"{similarity:.2f} {text}")
+    return "\n".join(lines)
+
+
+def read_video(model, data, v, captions, args, device):
+    """Read the segments in the middle of video v -> list of Segment."""
+    is_masked, rebuilt = reconstruct(model, data, v, args, device)
+    n = len(is_masked)
+    first = max(0, n - args.show) // 2
+    segments = []
+    for i in range(first, min(n, first + args.show)):
+        segment = Segment(data.starts[v][i].item(), is_masked[i].item())
+        truth = captions.truth[v][i].item()
+        if truth >= 0:
+            segment.caption = captions.texts[truth]
+        embedding = rebuilt["true"][i]  # (D,)
+        segment.true = read_embedding(embedding, captions, args.top_k, truth)
+        if segment.is_masked:
+            embedding = rebuilt["reconstructed"][i]
+            segment.reconstruction = read_embedding(embedding, captions, args.top_k)
+        segments.append(segment)
+    return segments
+
+
+def wrap(text, width):
+    """Wrap each line of a text -> list of lines."""
+    lines = []
+    for line in text.splitlines():
+        lines += textwrap.wrap(line, width)
+    return lines
+
+
+def print_table(name, segments):
+    """Print the segments of a video in columns, wrapped where wider than 34."""
+    print(f"{name}, ▒ is masked\n")
+    rows = [["time", "", "true caption", "true embedding", "reconstruction"]]
+    for segment in segments:
+        rows.append([segment.time(), "▒" * segment.is_masked, *segment.texts()])
+    widths = []
+    for column in zip(*rows, strict=True):
+        lines = "\n".join(column).splitlines()
+        widths.append(min(34, max(map(len, lines))))
+    for row in rows:
+        cells = map(wrap, row, widths)
         for parts in zip_longest(*cells, fillvalue=""):
             print("  ".join(map(str.ljust, parts, widths)).rstrip())
+    print()
 
 
 def draw_figure(name, segments, frames):
-    """Draw segments as in Figure 3, four in a row: captions above a frame -> (height, 1000, 3)."""
+    """Draw segments as in Figure 3, four in a row -> uint8 (height, 1000, 3)."""
     try:
-        font = ImageFont.truetype("DejaVuSans.ttf", 15)  # many scripts; on most Linux machines
+        font = ImageFont.truetype("DejaVuSans.ttf", 14)  # on most Linux machines
     except OSError:
-        font = ImageFont.load_default(15)  # Latin letters; everywhere
-    columns = [[(colour, part) for colour, text in zip(COLOURS, texts, strict=True)
-                for line in text.splitlines()  # wrapped at as many letters as take 225 pixels
-                for part in textwrap.wrap(line, int(len(line) * 225 / font.getlength(line)))]
-               for _, _, *texts in segments]
-    above, below = 20 * max(map(len, columns)) + 6, 178  # pixels above and below a frame's top
-    figure = Image.new("RGB", (1000, 40 + -(-len(frames) // 4) * (above + below)), "white")
+        font = ImageFont.load_default(14)  # everywhere, but of Latin letters only
+    captions = []
+    for segment in segments:
+        lines = []
+        for colour, text in zip(COLOURS, segment.texts(), strict=True):
+            lines += [(colour, line) for line in wrap(text, 31)]
+        captions.append(lines)
+
+    above = 8 + 18 * max(map(len, captions))  # pixels above the top of a frame
+    height = above + 168  # of a row
+    n_rows = (len(segments) + 3) // 4
+    figure = Image.new("RGB", (1000, 40 + n_rows * height), "white")
     draw = ImageDraw.Draw(figure)
-    draw.text((8, 8), name, "black", font)
-    for i, x in enumerate((504, 629, 776), 2):  # a legend of the captions that are there
-        if any(segment[i] for segment in segments):
-            draw.text((x, 8), TITLES[i], COLOURS[i - 2], font)
-    cells = zip(segments, columns, frames, strict=True)
-    for i, ((time, masked, *_), lines, frame) in enumerate(cells):
-        x, y = 8 + i % 4 * 248, 40 + i // 4 * (above + below) + above
-        for j, (colour, line) in enumerate(lines, -len(lines)):
-            draw.text((x, y + 20 * j - 4), line, colour, font)
-        figure.paste(Image.fromarray(frame), (x, y))
-        colour, time = (COLOURS[2], time + " masked") if masked else ("black", time)
-        draw.rectangle((x, y, x + 239, y + 159), None, colour, width=6 if masked else 0)
-        draw.rectangle((x, y, x + 14 + font.getlength(time), y + 23), fill=colour)
-        draw.text((x + 7, y + 3), time, "white", font)
+    draw.text((8, 10), name, "black", font)
+    draw.text((504, 10), "true caption", COLOURS[0], font)
+    draw.text((624, 10), "true embedding", COLOURS[1], font)
+    draw.text((764, 10), "reconstruction", COLOURS[2], font)
+    for i, segment in enumerate(segments):
+        x = 8 + 248 * (i % 4)
+        y = 40 + height * (i // 4) + above
+        for j, (colour, line) in enumerate(reversed(captions[i])):
+            draw.text((x, y - 22 - 18 * j), line, colour, font)
+
+        figure.paste(frames[i], (x, y))
+        label = segment.time()
+        colour = "black"
+        if segment.is_masked:
+            label += " masked"
+            colour = RED
+            draw.rectangle((x, y, x + 239, y + 159), outline=RED, width=6)
+        draw.rectangle((x, y, x + 14 + font.getlength(label), y + 22), colour)
+        draw.text((x + 7, y + 3), label, "white", font)
     return np.asarray(figure)
 
 
-def main(args):
-    """Print what the masked segments of a video are read as, and how well it goes over all."""
-    sys.stdout.reconfigure(errors="replace")  # captions may hold what the terminal cannot show
-    require(0 < args.mask_ratio < 1 and args.top_k > 0,
-            "--mask-ratio, --top-k: expected between 0 and 1, at least 1")
-    device, data = lvmae.pick_device(args.device), lvmae.load_data(args.data)
-    shown = args.video or [data.videos[data.lengths.argmax()]]
-    for name in shown:
-        if name not in data.videos:
-            near = ", ".join(difflib.get_close_matches(name, data.videos, 3, cutoff=0))
-            raise SystemExit(f"--video {name}: not in {args.data}, the nearest are {near}")
-        path = os.path.join(args.videos, name)
-        require(not args.figure or os.path.isfile(path),
-                f"{path}: no such file: give --videos, the folder of {args.data}")
-    captions, embeddings, truth = read_captions(args.captions, data)
-    if embeddings is None:
-        embeddings = embed_captions(args.captions, captions, data, device)
-    model = lvmae.load_checkpoint(args.ckpt, data, device)
-    is_masked, rebuilt = reconstruct(model, data, args, device)
+def read_frames(path, data, segments):
+    """Read the frame in the middle of each segment -> list of images, 240 x 160."""
+    seconds = float(data.meta.get("segment_seconds", 5))
+    places = [round(segment.start / seconds) for segment in segments]
+    frames = {place: Image.new("RGB", (240, 160), GREY) for place in places}
+    try:
+        for place, _, frame in decode(path, seconds, 2):
+            if place in frames:  # of two frames, the second is in the middle, and stays
+                image = Image.fromarray(frame)
+                frames[place] = ImageOps.pad(image, (240, 160), color=GREY)
+    except BadVideo as error:
+        raise SystemExit(f"{path}: {error}") from None
+    return [frames[place] for place in places]
 
-    figures, seconds = [], data.meta.get("segment_seconds", 5.0)
+
+# ---- Captions --------------------------------------------------------------------------
+
+
+@dataclass
+class Captions:
+    """C captions, each once, and which of them is true of each segment."""
+
+    texts: list
+    embeddings: torch.Tensor  # (C, D) of unit length
+    truth: list  # number of the true caption, (n,) of each video; -1: not known
+    has_truth: bool  # whether any is known
+
+
+def read_captions(path, data, device):
+    """Read captions, embed them, and find the segments of `data` that they are true of."""
+    texts, segments, embeddings = read_file(path, data)
+    number_of = {}  # each caption once,
+    rows = []  # from the first of its rows
+    for row, text in enumerate(texts):
+        if text and text not in number_of:
+            number_of[text] = len(number_of)
+            rows.append(row)
+    require(rows, f"{path}: found no caption, expected some")
+
+    caption_of = dict(zip(segments, texts, strict=len(segments) > 0))
+    require(len(caption_of) == len(segments), f"{path}: a segment is there twice")
+    truth = []
+    for video, starts in zip(data.videos, data.starts, strict=True):
+        true = [caption_of.get((video, tenth(start))) for start in starts]
+        truth.append(torch.tensor([number_of.get(text, -1) for text in true]))
+    has_truth = bool((torch.cat(truth) >= 0).any())
+    example = f"{data.videos[0]} at {data.starts[0][0]:.1f} s"
+    message = f"{path}: no caption of a segment of {data.path}, such as {example}"
+    require(has_truth or not segments, message)
+
+    texts = list(number_of)
+    if embeddings is None:
+        embeddings = embed_captions(texts, data, device)  # (C, D)
+    else:
+        embeddings = embeddings[rows].to(device)  # (C, D)
+    embeddings = to_unit_length(embeddings, path)
+    return Captions(texts, embeddings, truth, has_truth)
+
+
+def read_file(path, data):
+    """Read a file of R rows -> captions, their segments, embeddings (R, D) or None.
+
+    A segment is (video, tenth of a second); a .txt knows none.
+    """
+    is_known = path.endswith((".txt", ".csv", ".npz"))
+    require(is_known, f"{path}: expected a name that ends in .txt, .csv or .npz")
+    segments = []
+    embeddings = None
+    try:
+        if path.endswith(".txt"):
+            with open(path, encoding="utf-8-sig") as file:
+                texts = list(file)
+
+        elif path.endswith(".csv"):
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                rows = list(csv.DictReader(file))
+            texts = [row["caption"] or "" for row in rows]
+            segments = [(row["video"], tenth(row["start"])) for row in rows]
+
+        else:
+            with np.load(path, allow_pickle=False) as file:
+                texts = file["captions"].tolist()
+                embeddings = torch.from_numpy(file["embeddings"])
+                meta = dict(json.loads(str(file.get("meta", "{}"))))
+                if "videos" in file:
+                    tenths = map(tenth, file["starts"])
+                    segments = list(zip(file["videos"].tolist(), tenths, strict=True))
+        texts = [" ".join(text.split()) for text in texts]
+    except Exception as error:
+        expected = "lines, video,start,caption (.csv) or captions, embeddings (.npz)"
+        raise SystemExit(f"{path}: found {error!r:.200}, expected {expected}") from None
+
+    n = len(segments)
+    require(n in (0, len(texts)), f"{path}: {n} videos, expected {len(texts)}")
+    if embeddings is not None:
+        found = tuple(embeddings.shape)
+        expected = (len(texts), data.embeddings[0].shape[1])
+        require(found == expected, f"{path}: embeddings {found}, expected {expected}")
+        if meta:
+            lvmae.compare_encoders(path, meta, data.path, data.meta)
+        else:
+            print(f"{path} does not say which encoder made it", file=sys.stderr)
+    return texts, segments, embeddings
+
+
+def tenth(start):
+    """Start of a segment in tenths of a second: two files must agree to these."""
+    return round(10 * float(np.float32(start)))
+
+
+@torch.no_grad()
+def embed_captions(texts, data, device):
+    """Embed captions with the text tower of the encoder of `data` -> (C, D)."""
+    name = data.meta.get("model", "")
+    try:
+        clip, _ = load_encoder(name, data.meta.get("pretrained", ""), device)
+        tokenize = open_clip.get_tokenizer(encoder_name(name))
+    except (SystemExit, Exception) as error:
+        advice = "or give --captions FILE.npz, with captions and embeddings"
+        raise SystemExit(f"{data.path}: its text tower: {error}; {advice}") from None
+    embeddings = []
+    for i in tqdm(range(0, len(texts), 256), "captions", leave=False, disable=None):
+        tokens = tokenize(texts[i : i + 256]).to(device)
+        embeddings.append(clip.encode_text(tokens).float())
+    return torch.cat(embeddings)
+
+
+# ---- Command line ----------------------------------------------------------------------
+
+
+def get_args(argv=None):
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    count = number(int, 1)
+    share = number(float, 0.001, 0.999)
+    # Files
+    add("--data", default="out.npz", help="segment embeddings, from extract.py")
+    add("--ckpt", default="lvmae.pt", help="checkpoint, from train.py")
+    add("--captions", default="captions.csv", help=".txt, .csv or .npz")
+    add("--json", metavar="FILE", help="also write the scores to this .json")
+    # What is masked
+    add("--mask", choices=lvmae.MASKS, help="strategy; None: as in training")
+    add("--mask-ratio", type=share, help="share of a video; None: as in training")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of random masks")
+    # What is shown
+    add("--video", nargs="+", metavar="NAME", help="videos; None: the longest scored")
+    add("--show", type=count, default=12, help="segments to show, from mid-video")
+    add("--top-k", type=count, default=1, help="captions to show of each embedding")
+    add("--figure", metavar="PNG", help="also draw them, with a frame of each segment")
+    add("--videos", metavar="FOLDER", default="", help="their folder, for --figure")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    return parser.parse_args(argv)
+
+
+def choose_masks(checkpoint, args):
+    """Take mask and ratio from the training, unless they are given."""
+    training = checkpoint.get("args", {})
+    args.mask = args.mask or training.get("mask")
+    args.mask_ratio = args.mask_ratio or training.get("mask_ratio")
+    is_known = args.mask in lvmae.MASKS and args.mask_ratio is not None
+    require(is_known, f"{args.ckpt}: masks not known: give --mask and --mask-ratio")
+
+
+def choose_videos(data, checkpoint, args):
+    """Choose videos to score: unseen ones, if there are -> their numbers, and a note.
+
+    A checkpoint that names no videos may have seen all. One segment alone is not masked.
+    """
+    trained_on = set(checkpoint.get("videos", data.videos))
+    videos = [v for v, video in enumerate(data.embeddings) if len(video) > 1]
+    require(videos, f"{args.data}: found no video of 2 or more segments")
+    unseen = [v for v in videos if data.videos[v] not in trained_on]
+    if unseen:
+        return unseen, f"those that {args.ckpt} was not trained on"
+    return videos, f"since none is known to be new to {args.ckpt}"
+
+
+def main(args):
+    """Print what masked segments are read as, and how well it goes over many videos."""
+    sys.stdout.reconfigure(errors="replace")  # captions the terminal cannot show
+
+    # Files
+    outputs = {}
+    if args.json:
+        outputs[args.json] = ".json"
+    if args.figure:
+        outputs[args.figure] = ".png"
+    lvmae.check_outputs(outputs, [args.data, args.ckpt, args.captions])
+    device = lvmae.pick_device(args.device)
+    data = lvmae.load_data(args.data)
+    model, checkpoint = lvmae.load_checkpoint(args.ckpt, data, device)
+
+    # Masks and videos
+    choose_masks(checkpoint, args)
+    scored, note = choose_videos(data, checkpoint, args)
+    longest = max(scored, key=lambda v: len(data.embeddings[v]))
+    shown = args.video or [data.videos[longest]]
+    for name in shown:
+        require(name in data.videos, f"--video {name}: not in {args.data}")
+        path = os.path.join(args.videos, name)
+        is_there = os.path.isfile(path) or not args.figure
+        require(is_there, f"{path}: no such file: --videos must be their folder")
+
+    # What to read segments as
+    captions = read_captions(args.captions, data, device)
+
+    # Show
+    figures = []
     for name in shown:
         v = data.videos.index(name)
-        rows = (data.first[v] + torch.arange(data.lengths[v])).tolist()
-        rows = rows[max(0, len(rows) - args.show) // 2 :][: args.show]
-        queries = torch.cat([rebuilt["true"][rows], rebuilt["reconstructed"][rows]])
-        best = search(queries, embeddings, truth[rows].repeat(2), args.top_k, device)
-        segments = []
-        for i, row in enumerate(rows):
-            start, true, masked = int(data.starts[row]), truth[row].item(), is_masked[row].item()
-            caption, read = captions[true] if true >= 0 else "", []
-            for q, known in ((i, true), (i + len(rows), None)):
-                pairs = zip(best[0][q].tolist(), best[1][q].tolist(), strict=True)
-                pairs = [f"{s:.2f} {'same' if n == known else captions[n]}" for s, n in pairs]
-                read.append("\n".join(pairs))
-            time, mark = f"{start // 60}:{start % 60:02}", "▒" if masked else ""
-            segments.append((time, mark, caption, read[0], read[1] if masked else ""))
-        print(f"{name}, ▒ is masked\n")
-        print_table(segments)
-        if args.figure:  # decode gives two a segment, and dict keeps the second: its middle
-            frames = dict(decode(os.path.join(args.videos, name), seconds, 2, TILE))
-            places = (data.starts[rows] / seconds).round().tolist()
-            figures.append(draw_figure(name, segments, [frames.get(i, BLANK) for i in places]))
-    if args.figure:  # in 256 colours: a third of the file
-        Image.fromarray(np.concatenate(figures)).quantize().save(args.figure, optimize=True)
+        segments = read_video(model, data, v, captions, args, device)
+        print_table(name, segments)
+        if args.figure:
+            frames = read_frames(os.path.join(args.videos, name), data, segments)
+            figures.append(draw_figure(name, segments, frames))
+    if args.figure:
+        figure = Image.fromarray(np.concatenate(figures))
+        with lvmae.replacing(args.figure) as file:
+            figure.quantize().save(file, "PNG")  # 256 colours: a third of the file
 
-    rows, what = (is_masked & (truth >= 0)).nonzero()[:, 0], "true caption"
-    if (truth < 0).all():
-        rows, what = is_masked.nonzero()[:, 0], "caption that the true embedding retrieves"
-        truth[rows] = search(rebuilt["true"][rows], embeddings, truth[rows], 1, device)[1][:, 0]
-    require(len(rows), f"{args.data}: found no masked segment to score, expected longer videos")
-    print(f"\nrank of the {what} among {len(captions):,} captions, {len(rows):,} masked segments "
-          f"({args.mask}, {args.mask_ratio:.0%})\n")
-    print(f"{'':16}     R@1     R@5    R@10   median rank")
-    scores = {"n": len(rows), "captions": len(captions)}
-    for name in [*rebuilt, "chance"]:
-        rank = (torch.arange(1.0, len(captions) + 1) if name == "chance" else
-                search(rebuilt[name][rows], embeddings, truth[rows], 1, device)[2])
-        recall = {f"R@{k}": 100 * (rank <= k).float().mean().item() for k in (1, 5, 10)}
-        scores[name] = recall | {"median rank": float(np.median(rank))}
-        print("{:16}{:7.1f}%{:7.1f}%{:7.1f}%{:14.1f}".format(name, *scores[name].values()))
+    # Score
+    ranks = rank_masked(model, data, scored, captions, args, device)
+    n = len(ranks["true"])
+    C = len(captions.texts)
+    what = "caption that the true embedding retrieves"
+    if captions.has_truth:
+        what = "true caption"
+    masks = f"{n:,} masked segments ({args.mask}, {args.mask_ratio:.0%})"
+    print(f"scored: {len(scored):,} of {len(data.videos):,} videos, {note}")
+    print(f"rank of the {what} among {C:,} captions, {masks}\n")
+    scores = {"n": n, "captions": C, "videos": len(scored)}
+    scores |= {"mask": args.mask, "mask_ratio": args.mask_ratio}
+    scores |= score(ranks)
     if args.json:
-        Path(args.json).write_text(json.dumps(scores, indent=1) + "\n")
+        with lvmae.replacing(args.json) as file:
+            file.write(json.dumps(scores, indent=1).encode())
 
 
 if __name__ == "__main__":
-    main(get_args())
+    try:
+        main(get_args())
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")
