@@ -344,7 +344,7 @@ def encode(model, video, device):
 def read_labels(path, data):
     """Read the label and the part ('' where there is none) of each labelled video.
 
-    path: a CSV, or 'folders' -> {index of a video: (label, part)}.
+    path: a CSV, or 'folders' -> {index of a video: (label, part)}, and all parts named.
     """
     rows = []
     if path == "folders":
@@ -364,8 +364,10 @@ def read_labels(path, data):
     for i, video in enumerate(data.videos):
         index[video] = [i]  # a full name comes before a part of another one
     labelled = {}
+    named = set()  # also if none of its videos is there
     absent = []
     for video, label, part in rows:
+        named.add(part)
         found = f"{path}: found {video},{label},{part}"
         is_right = video and label and part in ("", "train", "val", "test")
         require(is_right, f"{found}, expected video,label[,train or val or test]")
@@ -383,7 +385,7 @@ def read_labels(path, data):
         print(f"{len(bare)} videos have no label: {', '.join(bare[:3])}")
     if absent:
         print(f"{len(absent)} labels have no video: {', '.join(absent[:3])}")
-    return labelled
+    return labelled, named
 
 
 def drop_untrained(labelled):
@@ -421,19 +423,20 @@ def make_targets(labelled, n_videos, args):
     return targets
 
 
-def make_split(labelled, args, seed):
-    """Split as the labels say; a val or test that they do not name is cut off train.
+def make_split(labelled, named, args, seed):
+    """Split as the labels say; a val or test that is not in `named` is cut off train.
 
     Returns {"train": indices of videos, "val": indices, "test": indices}.
     """
     generator = torch.Generator().manual_seed(seed)
     shares = {"val": args.val_share, "test": 0.2}
+    for part in named.intersection(shares):
+        shares[part] = 0.0
     split = {"train": [], "val": [], "test": []}
     groups = {}  # of each class, the same share is cut off
     for i, (label, part) in labelled.items():
         if part in shares:
             split[part].append(i)
-            shares[part] = 0.0
         elif args.regression:
             groups.setdefault("numbers", []).append(i)
         else:
@@ -485,7 +488,10 @@ def get_args(argv=None):
     share_help = "cut off train if labels name no val; 0: none, keep the last epoch"
     parser.add_argument("--val-share", type=share, default=0.2, help=share_help)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.head is None:
+        args.head = "linear" if args.regression else "attentive"
+    return args
 
 
 def main(args):
@@ -495,12 +501,10 @@ def main(args):
     device = pick_device(args.device)
     data = load_data(args.data)
     dim = data.embeddings[0].shape[1]
-    require(
-        dim % 2 == 0, f"{args.data}: embeddings of size {dim}, expected an even one"
-    )
+    require(dim % 2 == 0, f"{args.data}: embeddings of an odd size: {dim}")
 
     # Labels
-    labelled = read_labels(args.labels, data)
+    labelled, named = read_labels(args.labels, data)
     n_classes = 0
     metric = "mean squared error"
     if not args.regression:
@@ -513,15 +517,13 @@ def main(args):
     splits = {}
     tested = set()
     for seed in range(args.seed, args.seed + args.runs):
-        splits[seed] = make_split(labelled, args, seed)
+        splits[seed] = make_split(labelled, named, args, seed)
         tested.update(data.videos[i] for i in splits[seed]["test"])
     n = {part: len(videos) for part, videos in splits[args.seed].items()}
     sizes = f"train {n['train']}, val {n['val']}, test {n['test']}"
     print(f"{args.runs} runs; {sizes} videos; {metric}")
 
     # Features
-    if args.head is None:
-        args.head = "linear" if args.regression else "attentive"
     rows = ROWS
     if not args.compare:
         rows = [row for row in ROWS if row[1] in (Majority, HEADS[args.head])]

@@ -79,7 +79,8 @@ def write_csv(path, rows, header="video,label,split"):
 def read(path, videos):
     """Labels of a CSV or the folders, for made-up data of these videos."""
     data = load_data(write_npz(Path(path).parent / "labels.npz", videos))
-    return probe.read_labels(str(path), data)
+    labelled, _ = probe.read_labels(str(path), data)
+    return labelled
 
 
 def run_probe(*flags):
@@ -175,7 +176,8 @@ def test_numbers_must_be_numbers(tmp_path, monkeypatch):
 
 def split_of(labelled, *flags, seed=0):
     """Split of made-up labels, as lists."""
-    split = probe.make_split(labelled, probe.get_args(flags), seed)
+    named = {part for _, part in labelled.values()}
+    split = probe.make_split(labelled, named, probe.get_args(flags), seed)
     return {part: videos.tolist() for part, videos in split.items()}
 
 
@@ -237,6 +239,8 @@ def test_small_classes_keep_a_training_video():
         (["0,a,train", "1,b,train", "2,a,val"], "no video to test"),
         (["0,a,train", "1,b,train", "2,a,test"], "no video to val"),
         (["0,a,test", "1,b,test"], "classes []"),
+        (["0,a,train", "1,b,train", "2,b,val", "gone,a,test"], "no video to test"),
+        (["0,a,train", "1,b,train", "2,c,test", "gone,a,val"], "no video to val"),
         ([], "classes []"),
     ],
 )
