@@ -12,9 +12,9 @@ model, and a segment is the mean over its frames:
     python extract.py videos/ out.npz --model FOLDER    # an open_clip model on disk
     torchrun --nproc-per-node 2 extract.py videos/ out.npz    # two share the videos
 
-It ends with "97 of 100 videos, 4,812 segments; 3 failed:" and the reasons of these. If
-it is stopped, the same command goes on from there. ViT-B-32 takes 1.6 core seconds for
-a segment of 720p video.
+It ends with "97 of 100 videos, 4,812 segments; 3 failed" and the reasons of these. If
+it is stopped, the same command goes on from there. ViT-B-32 takes about one core second
+for a segment of 720p video.
 """
 
 import argparse
@@ -27,13 +27,12 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-# Read when the libraries load. nonref: FFmpeg skips frames that no other frame needs, a
+# Read by the libraries. nonref: FFmpeg skips frames that no other frame needs, a
 # third of its work. Attempts: sound may lie for long between two frames. -8: damaged
 # videos would fill the screen. Passive: threads that wait must not take the decoder's core.
 os.environ.setdefault("OPENCV_FFMPEG_CAPTURE_OPTIONS", "avdiscard;nonref")
 os.environ.setdefault("OPENCV_FFMPEG_READ_ATTEMPTS", "1000000000")
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import cv2
@@ -45,6 +44,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from model import check_outputs, number, pick_device, read_rank, replacing, require
+
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 BATCH = 16  # frames: the fastest on a CPU, and a GPU waits for the decoder anyway
 ENDINGS = (".3gp", ".asf", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov")
@@ -113,8 +114,7 @@ def embed_video(path, clip, preprocess, segment_seconds, frames_per_segment):
 def encode(images, clip):
     """Encode images (b, 3, H, W) -> embeddings (b, D) of unit length, on the CPU."""
     device = clip.logit_scale.device
-    is_cuda = device.type == "cuda"
-    with torch.autocast(device.type, torch.float16, enabled=is_cuda):
+    with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
         embeddings = clip.encode_image(images.to(device))
     return F.normalize(embeddings.float(), dim=1).cpu()
 
@@ -322,31 +322,29 @@ def read_part(folder, path, video):
 
 def make_part(path, video, clip, preprocess, args):
     """Embed a video -> its part: what the npz holds, of it alone, and a note."""
-    part = {
-        "source": describe(path, video),
-        "note": "",
-        "embeddings": np.empty((0, 0)),
-        "lengths": [0],
-        "videos": [video],
-        "starts": np.empty(0),
-        "labels": [os.path.basename(os.path.dirname(video))],
-    }
+    source = describe(path, video)
     seconds = args.segment_seconds
+    note = ""
     try:
         embeddings, starts = embed_video(path, clip, preprocess, seconds, args.frames)
         found = starts[-1].item() + seconds
         promised = header_seconds(path)
+        if found + seconds / 2 < 0.9 * promised:
+            note = f"kept, with {found:.1f} s of the {promised:.1f} s in its header"
     except BadVideo as error:
-        part["note"] = str(error)
-        return part
+        embeddings = torch.empty(0, 0)
+        starts = torch.empty(0)
+        note = str(error)
 
-    part["embeddings"] = embeddings.half().numpy()
-    part["lengths"] = [len(starts)]
-    part["starts"] = starts.float().numpy()
-    if found + seconds / 2 < 0.9 * promised:
-        note = f"kept, with {found:.1f} s of the {promised:.1f} s in its header"
-        part["note"] = note
-    return part
+    return {
+        "source": source,
+        "note": note,
+        "embeddings": embeddings.half().numpy(),
+        "lengths": [len(starts)],
+        "videos": [video],
+        "starts": starts.float().numpy(),
+        "labels": [os.path.basename(os.path.dirname(video))],
+    }
 
 
 def remove_parts(folder, videos):
@@ -371,6 +369,7 @@ def get_args(argv=None):
     )
     parser.add_argument("videos", help="folder of videos, searched with its subfolders")
     parser.add_argument("out", help="npz file to write")
+
     parser.add_argument("--model", default="ViT-B-32", help="open_clip name, or folder")
     parser.add_argument(
         "--pretrained",
@@ -378,6 +377,7 @@ def get_args(argv=None):
         help="weights of a named model: open_clip's tag, or a file (its images are "
         "normalised as OpenAI's; a folder knows its own way)",
     )
+
     parser.add_argument(
         "--segment-seconds", type=number(float, 0.01), default=5.0, help="of a segment"
     )
@@ -407,12 +407,12 @@ def main(args):
     if os.path.isdir(args.model):
         meta["model"] = os.path.abspath(args.model)
         meta["pretrained"] = ""
-    folder = f"{args.out}.parts"
-    check_settings(folder, meta)
 
     # Embed one video after the other, each into a part.
     device = pick_device(args.device)
     clip, preprocess = load_encoder(args.model, args.pretrained, device)
+    folder = f"{args.out}.parts"
+    check_settings(folder, meta)
     for i in tqdm(range(rank, len(videos), world), unit="video"):
         if read_part(folder, paths[i], videos[i]) is None:
             part = make_part(paths[i], videos[i], clip, preprocess, args)

@@ -259,6 +259,11 @@ def test_nothing_to_extract(tmp_path, clip, capsys):
     with pytest.raises(SystemExit, match="no videos there"):
         extract.main(arguments(tmp_path / "v", out, clip))
     (tmp_path / "v" / "empty.mp4").touch()
+    with pytest.raises(
+        SystemExit, match="expected weights"
+    ):  # and no settings are kept
+        extract.main(arguments(tmp_path / "v", out, tmp_path))
+    assert files_below(tmp_path) == ["v", "v/empty.mp4"]
     with pytest.raises(SystemExit, match="not written"):
         extract.main(arguments(tmp_path / "v", out, clip))
     assert "0 of 1 videos, 0 segments; 1 failed\n" in capsys.readouterr().out
