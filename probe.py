@@ -340,10 +340,17 @@ def run(Head, features, targets, split, args, device):
 
 
 @torch.no_grad()
-def encode(model, video, device):
-    """Latents of [CLS] and all segments of one video: (n, D) -> (n+1, D)."""
-    x, lengths = collate([video])
-    return model.encode(x.to(device), lengths)[0].half().cpu()
+def encode(model, videos, device):
+    """Latents of whole videos, all visible: a list of (n, D) -> a list of (n+1, D)."""
+    features = []
+    starts = range(0, len(videos), BATCH_SIZE)
+    for start in tqdm(starts, "features", leave=False, disable=None):
+        batch = videos[start : start + BATCH_SIZE]
+        x, lengths = collate(batch)
+        latents = model.encode(x.to(device), lengths).half().cpu()  # (B, N+1, D)
+        for video, tokens in zip(batch, latents, strict=True):
+            features.append(tokens[: len(video) + 1].clone())  # without padding
+    return features
 
 
 def read_labels(path, data):
@@ -533,14 +540,15 @@ def main(args):
     rows = ROWS
     if not args.compare:
         rows = [row for row in ROWS if row[1] in (Majority, HEADS[args.head])]
-    features = {"raw": {}, "lvmae": {}}
-    for i in labelled:  # a blank [CLS] goes first
-        features["raw"][i] = F.pad(data.embeddings[i], (0, 0, 1, 0))
+    features = {"raw": {}}
+    for i in labelled:
+        features["raw"][i] = F.pad(data.embeddings[i], (0, 0, 1, 0))  # a blank [CLS]
     seen = "unknown"
     if "lvmae" in [sees for _, _, sees in rows]:
         model, checkpoint = load_checkpoint(args.ckpt, data, device)
-        for i in tqdm(labelled, "features", leave=False, disable=None):
-            features["lvmae"][i] = encode(model, data.embeddings[i], device)
+        videos = [data.embeddings[i] for i in labelled]
+        latents = encode(model, videos, device)
+        features["lvmae"] = dict(zip(labelled, latents, strict=True))
         if "videos" in checkpoint:
             seen = len(tested.intersection(checkpoint["videos"]))
         print(f"{seen} of {len(tested)} test videos were in the pre-training")

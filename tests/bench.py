@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as extract.py, before torch
+
 import cv2
 import numpy as np
 import open_clip
@@ -376,8 +378,7 @@ def bench_probe(args):
     videos = rows.split(n_segments)
 
     begin = time.perf_counter()
-    for video in videos:
-        probe.encode(net, video, device)
+    probe.encode(net, videos, device)
     seconds = time.perf_counter() - begin
     print(f"features of {n_videos:,} videos: {seconds:.1f} s on {device}", flush=True)
 

@@ -255,15 +255,17 @@ def test_split_errors(tmp_path, monkeypatch, rows, message):
 
 
 def test_features_are_whole_videos(tmp_path):
-    """Catches videos cut at max_segments, a lost [CLS], features of a masked video."""
-    data = load_data(write_npz(tmp_path / "out.npz", ["a", "b"], lengths=[3, 20]))
+    """Catches videos cut at max_segments, a lost [CLS], rows mixed up in a batch."""
+    names = [str(i) for i in range(40)]
+    lengths = [3, 20, 1, 7] * 10
+    data = load_data(write_npz(tmp_path / "out.npz", names, lengths=lengths))
     model, _ = load_checkpoint(write_checkpoint(tmp_path / "c"), data, CPU)
-    for video in data.embeddings:
+    features = probe.encode(model, data.embeddings, CPU)
+    for video, found in zip(data.embeddings, features, strict=True):
         n = len(video)
         expected = model.encode(video[None].float(), torch.tensor([n]))[0]
-        features = probe.encode(model, video, CPU)
-        assert features.shape == (n + 1, 16)
-        assert torch.allclose(features.float(), expected, atol=3e-3)
+        assert found.shape == (n + 1, 16)
+        assert torch.allclose(found.float(), expected, atol=3e-3)
 
 
 def test_labelled_videos_alone_are_encoded(tmp_path, monkeypatch):
@@ -274,7 +276,7 @@ def test_labelled_videos_alone_are_encoded(tmp_path, monkeypatch):
     encoded = []
     encode = probe.encode
     monkeypatch.setattr(
-        probe, "encode", lambda *args: encoded.append(1) or encode(*args)
+        probe, "encode", lambda *args: encoded.extend(args[1]) or encode(*args)
     )
     labels = write_csv(Path("l.csv"), [f"{i},{'ab'[i % 2]}," for i in range(20)])
     run_probe("--labels", labels, "--runs", 1, "--epochs", 1)
