@@ -382,8 +382,8 @@ def get_args(argv=None):
     add(
         "--mask-ratio",
         type=number(float, 0.001, 0.999),
-        default=0.5,
-        help="share of segments to mask; paper: 0.4 for random, 0.5 for semantic",
+        default=0.75,
+        help="share of a video; paper: 0.4 for random, 0.5 for semantic masks",
     )
     # Sizes; the encoder is as wide as the embeddings
     add("--depth", type=whole, default=2, help="layers of the encoder")

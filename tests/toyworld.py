@@ -73,8 +73,8 @@ MEAN = (0.5, 0.5, 0.5)
 STD = (0.5, 0.5, 0.5)
 
 SEQUENCES = 4000  # spliced
-EPOCHS = 28  # of the pre-training
-FLAGS = "--mask-ratio 0.75 --decoder-dim 128 --batch-size 32 --warmup-epochs 1"
+EPOCHS = 20  # of the pre-training
+FLAGS = "--decoder-dim 128 --batch-size 32 --warmup-epochs 1"
 FLAGS += f" --epochs {EPOCHS}"
 
 WRITTEN = (  # all that this script and the stages write into the folder
