@@ -23,7 +23,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,11 +33,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-# ---- Masking (section 3.2), on the CPU -------------------------------------------------
+# ---- Masking, on the CPU ---------------------------------------------------------------
 
 
 def random_mask(embeddings, lengths, ratio, generator=None):
-    """Mask a random share of each video.
+    """Section 3.2: mask a random share of each video.
 
     embeddings (B, N, D), lengths (B,), ratio from 0 to 1 -> is_masked (B, N) bool.
     """
@@ -47,7 +46,7 @@ def random_mask(embeddings, lengths, ratio, generator=None):
 
 
 def semantic_mask(embeddings, lengths, ratio, generator=None):
-    """Mask the segments least similar to the one before: where something new happens.
+    """Section 3.2: mask the segments least similar to the one before, the new ones.
 
     Arguments and result are those of random_mask; nothing here is random.
     """
@@ -65,7 +64,8 @@ def mask_lowest(score, lengths, ratio):
     n_masked = (ratio * n).round().clamp(min=1).minimum(n - 1)  # (B,)
     is_padding = torch.arange(score.shape[1]) >= lengths[:, None]  # (B, N)
     score = score.masked_fill(is_padding, float("inf"))
-    rank = score.argsort(dim=1, stable=True).argsort(dim=1)  # (B, N), 0 is the lowest
+    order = score.argsort(dim=1, stable=True)  # (B, N), from the lowest score
+    rank = order.argsort(dim=1)  # (B, N), its inverse: 0 where the score is lowest
     return rank < n_masked[:, None]
 
 
@@ -88,6 +88,7 @@ class Attention(nn.Module):
         outs = []
         # One video at a time: without padding there is no key mask to get wrong.
         for qkv in self.qkv(x).split(counts):
+            # The 1 is a batch of one video: fast attention wants four dimensions.
             qkv = qkv.unflatten(1, (3, 1, self.heads, -1))  # (n, 3, 1, H, D/H)
             q, k, v = qkv.permute(1, 2, 3, 0, 4)  # (1, H, n, D/H) each
             out = F.scaled_dot_product_attention(q, k, v)  # (1, H, n, D/H)
@@ -125,19 +126,22 @@ class Block(nn.Module):
 
 def sincos_positions(length, dim):
     """Sine-cosine positions of [CLS] (zero) and segments 0, 1, ... (1, length+1, dim)."""
+    place = torch.arange(length, dtype=torch.double)
     frequency = 10000 ** (-2 * torch.arange(dim // 2, dtype=torch.double) / dim)
-    angle = (
-        torch.arange(length, dtype=torch.double)[:, None] * frequency
-    )  # (length, dim/2)
+    angle = place[:, None] * frequency  # (length, dim/2)
     positions = torch.cat([angle.sin(), angle.cos()], dim=1)  # (length, dim)
     return F.pad(positions, (0, 0, 1, 0))[None].float()
 
 
-def first_positions(table, N):
-    """Positions of [CLS] and N segments from a table, or anew where that is too short."""
-    if N >= table.shape[1]:
-        table = sincos_positions(N, table.shape[2]).to(table)
-    return table[:, : N + 1]
+def token_positions(table, is_token):
+    """Positions of tokens, (B, N+1) bool -> (T, dim).
+
+    They stand in a table, as in MAE's checkpoints; for longer videos they are made anew.
+    """
+    B, length = is_token.shape
+    if length > table.shape[1]:
+        table = sincos_positions(length - 1, table.shape[2]).to(table)
+    return table[:, :length].expand(B, -1, -1)[is_token]
 
 
 def unpack(tokens, is_token):
@@ -219,7 +223,7 @@ class LVMAE(nn.Module):
         """Reconstruct the masked embeddings -> loss (), predictions (B, N, D).
 
         embeddings (B, N, D) on the model's device, zero beyond each length; lengths (B,)
-        and is_masked (B, N) on the CPU, where what depends on them alone is worked out.
+        and is_masked (B, N) on the CPU, for they only make indices.
         """
         latents = self.encode(embeddings, lengths, is_masked)  # (B, N+1, D)
         predictions = self.decode(latents, lengths, is_masked)  # (B, N, D)
@@ -236,28 +240,27 @@ class LVMAE(nn.Module):
         if is_masked is not None:
             is_visible = is_visible & ~is_masked
         is_token = F.pad(is_visible, (1, 0), value=True)  # (B, N+1), with [CLS]
-        counts = is_token.sum(1).tolist()
+        counts = is_token.sum(1).tolist()  # tokens of each video
 
         cls = self.cls_token.expand(B, 1, D)
         x = torch.cat([cls, embeddings * self.input_scale], dim=1)  # (B, N+1, D)
-        x = x + first_positions(self.pos_embed, N)
         x = x[is_token]  # (T, D)
+        x = x + token_positions(self.pos_embed, is_token)
         for block in self.blocks:
             x = block(x, counts)
         return unpack(self.norm(x), is_token)  # (B, N+1, D)
 
     def decode(self, latents, lengths, is_masked):
         """Eq. (2): predictions (B, N, D) of all segments, zero beyond each length."""
-        B, N = is_masked.shape
+        N = is_masked.shape[1]
         is_segment = torch.arange(N) < lengths[:, None]  # (B, N), masked ones too
         is_token = F.pad(is_segment, (1, 0), value=True)  # (B, N+1), with [CLS]
-        counts = is_token.sum(1).tolist()
+        counts = is_token.sum(1).tolist()  # tokens of each video
 
         x = self.decoder_embed(latents[is_token])  # (T, decoder_dim)
         is_hidden = F.pad(is_masked, (1, 0))[is_token].to(x.device)  # (T,)
         x = torch.where(is_hidden[:, None], self.mask_token[0], x)
-        positions = first_positions(self.decoder_pos_embed, N)  # (1, N+1, decoder_dim)
-        x = x + positions.expand(B, -1, -1)[is_token]
+        x = x + token_positions(self.decoder_pos_embed, is_token)
         for block in self.decoder_blocks:
             x = block(x, counts)
         x = self.decoder_pred(self.decoder_norm(x)) / self.input_scale  # (T, D)
@@ -298,6 +301,7 @@ def load_data(path):
     """
     try:
         with np.load(path, allow_pickle=False) as file:
+            file.zip.testzip()  # raises where the file was damaged
             embeddings = torch.from_numpy(file["embeddings"])
             lengths = file["lengths"]
             videos = file["videos"]
@@ -310,12 +314,14 @@ def load_data(path):
         expected = "an npz with embeddings (S, D), lengths (V,), videos (V,), meta JSON"
         raise SystemExit(f"{path}: found {error!r:.200}, expected {expected}") from None
 
-    is_right = lengths.dtype.kind in "iu" and lengths.ndim == 1
-    require(is_right, f"{path}: lengths: {lengths.dtype}, expected integers (V,)")
-    lengths = lengths.tolist()
-    is_right = min(lengths, default=0) > 0 and sum(lengths) == S
+    require(
+        lengths.dtype.kind in "iu", f"{path}: lengths: {lengths.dtype}, not integers"
+    )
+    lengths = lengths.flatten().tolist()
     found = f"sum {sum(lengths)}, smallest {min(lengths, default=0)}"
+    is_right = sum(lengths) == S and min(lengths, default=0) > 0
     require(is_right, f"{path}: lengths: {found}, expected sum {S}, each above 0")
+
     for key, names in (("videos", videos), ("labels", labels)):
         is_right = names.dtype.kind == "U" and names.shape == (len(lengths),)
         require(is_right, f"{path}: {key}: {names.dtype} {names.shape}, not texts (V,)")
@@ -324,18 +330,17 @@ def load_data(path):
 
     require(embeddings.is_floating_point(), f"{path}: embeddings: {embeddings.dtype}")
     embeddings = embeddings.half()
-    error = (embeddings.norm(dim=1).float() - 1).abs()  # (S,)
-    row = error.argmax().item()  # NaN counts as most
-    found = f"row {row} has a length of {embeddings[row].float().norm():.3g}"
-    require(error[row] < 0.01, f"{path}: embeddings: {found}, expected 1")
+    norm = embeddings.norm(dim=1).float()  # (S,)
+    row = (norm - 1).abs().argmax().item()  # NaN counts as most
+    found = f"row {row} has a length of {norm[row]:.3g}"
+    require(abs(norm[row] - 1) < 0.01, f"{path}: embeddings: {found}, expected 1")
 
     require(0 < seconds < math.inf, f"{path}: meta: segment_seconds is {seconds}")
     if starts is None:
         starts = np.concatenate([np.arange(n) * seconds for n in lengths])
-    is_right = starts.dtype.kind in "fiu" and starts.shape == (S,)
-    is_right = is_right and np.isfinite(starts).all()
+    starts = torch.from_numpy(starts).float()
+    is_right = starts.shape == (S,) and starts.isfinite().all()
     require(is_right, f"{path}: starts: expected {S} finite seconds")
-    starts = torch.from_numpy(starts.astype(np.float32))
     return Data(
         path=path,
         videos=videos.tolist(),
@@ -373,9 +378,9 @@ def read_checkpoint(path):
             damaged = file.testzip()
         require(damaged is None, f"{path}: damaged: the checksum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        unknown = set(checkpoint["config"]) - set(LVMAEConfig.__dataclass_fields__)
-        require(not unknown, f"{path}: of other code: {unknown} in config is unknown")
-        model = LVMAE(LVMAEConfig(**checkpoint["config"]))
+        model = LVMAE(
+            LVMAEConfig(**checkpoint["config"])
+        )  # names what it does not know
         model.load_state_dict(checkpoint["model"])
     except Exception as error:
         message = f"{path}: found {error!r:.200}, expected a checkpoint of train.py"
@@ -398,10 +403,11 @@ def load_checkpoint(path, data, device):
 
 def compare_encoders(path, meta, other_path, other_meta):
     """Warn where two files, by their meta, hold embeddings of different encoders."""
-    for key in ("model", "pretrained"):
+    for key in ("model", "pretrained", "segment_seconds", "frames_per_segment"):
         one = meta.get(key, "unknown")
         other = other_meta.get(key, "unknown")
-        if one != other:
+        is_known = "unknown" not in (one, other) or key == "model"
+        if one != other and is_known:
             message = f"warning: {path}: {key} {one}, but {other_path}: {key} {other}"
             print(message, file=sys.stderr)
 
@@ -419,29 +425,47 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def check_outputs(outputs, inputs):
-    """Refuse, before any work, outputs that cannot be written or replace an input.
+FIRST_BYTES = {
+    ".npz": b"PK",
+    ".pt": b"PK",
+    ".json": b"{",
+    ".jsonl": b"{",
+    ".png": b"\x89",
+}
 
-    outputs: {path: the ending that it must have}.
+
+def check_outputs(outputs, inputs):
+    """Refuse, before any work, outputs that cannot be written or replace other files.
+
+    outputs: {path: its ending}. What is there already must begin as such a file does.
     """
     inputs = [os.path.realpath(path) for path in inputs]
     for path, ending in outputs.items():
         require(path.endswith(ending), f"{path}: expected a name that ends in {ending}")
         require(os.path.realpath(path) not in inputs, f"{path}: would replace an input")
-        is_free = os.path.isfile(path) or not os.path.lexists(path)
-        require(is_free, f"{path}: there already, and no regular file")
-        folder = os.path.dirname(path) or "."
         try:
-            os.makedirs(folder, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            open(temporary_name(path), "wb").close()
+            os.remove(temporary_name(path))
+            if os.path.lexists(path):
+                require(os.path.isfile(path), f"{path}: there, and no regular file")
+                with open(path, "rb") as file:
+                    first = file.read(len(FIRST_BYTES[ending]))
+                is_ours = first in (b"", FIRST_BYTES[ending])
+                require(is_ours, f"{path}: there, and no {ending} file: rename one")
         except OSError as error:
             raise SystemExit(f"{path}: cannot be written: {error}") from None
+
+
+def temporary_name(path):
+    """Where a process writes `path` first; one that was killed leaves it to the next."""
+    return f"{path}.{os.environ.get('RANK', 0)}.tmp"
 
 
 @contextmanager
 def replacing(path):
     """Open a temporary file beside `path`, which at the end is moved there whole."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -53,16 +53,19 @@ from model import (
     require,
 )
 
-# ---- Batches (section 3.3) -------------------------------------------------------------
+# ---- Batches ---------------------------------------------------------------------------
 
 
 def seeded(seed, epoch=0, rank=0):
-    """Make a generator from these numbers alone: any epoch can be drawn again."""
+    """Make a generator from these numbers alone: any epoch can be drawn again.
+
+    Epoch 0 is for the split, and 1, 2, ... for crops and masks.
+    """
     return torch.Generator().manual_seed(seed * 1_000_003 + rank * 10_007 + epoch)
 
 
 def crop(videos, max_segments, generator):
-    """Cut a random stretch out of each video (n, D), so that lengths vary.
+    """Section 3.3: cut a random stretch out of each video (n, D): lengths vary.
 
     Paper: "randomly sample a duration in seconds", "entire videos or portions of them".
     Here: uniform from 2 to max_segments segments, or the whole video if it is shorter.
@@ -162,6 +165,13 @@ def learning_rate(epoch, args, world):
     return peak * (1 + math.cos(math.pi * progress)) / 2
 
 
+def join_processes(world, device):
+    """Let the processes of torchrun find each other."""
+    if world > 1:
+        require("MASTER_ADDR" in os.environ, "several processes: start with torchrun")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
 def sum_all(x):
     """Sum a tensor over all processes."""
     if dist.is_initialized():
@@ -169,13 +179,16 @@ def sum_all(x):
     return x
 
 
-def train_epoch(net, optimizer, batches, epoch, steps, args, world):
-    """Take the steps of an epoch -> mean loss of a masked segment, last learning rate."""
+def train_epoch(net, optimizer, batches, done, steps, args, world):
+    """Take the steps of an epoch -> mean loss of a masked segment, last learning rate.
+
+    done: how many epochs have gone before.
+    """
     net.train()
     device = next(net.parameters()).device
     sums = torch.zeros(2, device=device)  # loss, masked segments
     for step, (embeddings, lengths, is_masked) in enumerate(batches):
-        lr = learning_rate(epoch + (step + 0.5) / steps, args, world)
+        lr = learning_rate(done + (step + 0.5) / steps, args, world)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -186,8 +199,9 @@ def train_epoch(net, optimizer, batches, epoch, steps, args, world):
         # DDP averages gradients over processes, but the loss is a mean over the masked
         # segments of them all: each process counts by its share of these.
         n_masked = is_masked.sum().to(device)
-        share = n_masked / sum_all(n_masked.clone())
-        (loss * share * world).backward()
+        n_masked_of_all = sum_all(n_masked.clone())  # in place, hence the clone
+        weight = world * n_masked / n_masked_of_all  # 1 if there is one process
+        (loss * weight).backward()
         optimizer.step()
         optimizer.zero_grad()
         sums += torch.stack([loss.detach() * n_masked, n_masked])
@@ -257,7 +271,7 @@ def read_videos(args, rank, world):
     if args.exclude:
         excluded = read_names(args.exclude)
     known = set()  # those of the excluded names that are found
-    videos = {}
+    mine = {}
     names = []
     metas = []
     for path in args.data:
@@ -276,16 +290,20 @@ def read_videos(args, rank, world):
             if i in left_out or len(video) < 2:
                 continue
             if len(names) % world == rank:
-                videos[len(names)] = video.clone()  # a view would keep the whole file
+                mine[len(names)] = video.clone()  # a view would keep the whole file
             names.append(data.videos[i])
 
-    sizes = {video.shape[1] for video in videos.values()}
-    require(videos, f"{args.data}: {len(names)} videos of 2 or more segments: too few")
+    sizes = {video.shape[1] for video in mine.values()}
+    require(mine, f"{args.data}: {len(names)} videos of 2 or more segments: too few")
     require(len(sizes) == 1, f"{args.data}: embeddings of different sizes: {sizes}")
-    if args.exclude and rank == 0:
+    require(len(set(names)) == len(names), f"{args.data}: a video is there twice")
+    if args.exclude:
         n_unknown = len(excluded - known)
-        print(f"--exclude: {len(excluded)} names, {n_unknown} of them match no video")
-    return videos, names, metas[0]
+        found = f"--exclude: {len(excluded)} names, {n_unknown} of them match no video"
+        require(known, found)
+        if rank == 0:
+            print(found)
+    return mine, names, metas[0]
 
 
 def split(n, val_share, seed):
@@ -321,26 +339,28 @@ def resume(path, model, optimizer, about):
     `about` says. A flag that is newer than the checkpoint may have any value.
     """
     loaded, checkpoint = read_checkpoint(path)
-    for name, then in checkpoint["args"].items():
+    for name, then in checkpoint.get("args", {}).items():
         now = about["args"].get(name, then)
         flag = "--" + name.replace("_", "-")
         require(now == then, f"{path}: made with {flag} {then}, found {now}")
-    for key in ("config", "videos"):
-        is_same = checkpoint[key] == about[key]
+    for key in ("config", "encoder", "videos"):
+        is_same = checkpoint.get(key) == about[key]
         require(is_same, f"{path}: {key}: not those of the data that is given")
     model.load_state_dict(loaded.state_dict())
 
-    # AdamW does not look at shapes: with wrong ones it would crash the process.
+    # AdamW does not look at its state: with wrong shapes it would crash the process.
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
         for i, p in enumerate(parameters):
-            state = checkpoint["optimizer"]["state"][i]
-            if not state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape:
-                raise ValueError(f"moments {i} of another shape than the weights")
+            for key in ("exp_avg", "exp_avg_sq"):
+                moment = checkpoint["optimizer"]["state"][i][key]
+                found = (moment.dtype, moment.shape, moment.stride())
+                if found != (p.dtype, p.shape, p.stride()):
+                    raise ValueError(f"{key} {i} is not like the weights")
         optimizer.load_state_dict(checkpoint["optimizer"])
+        return checkpoint["epoch"], checkpoint["log"]
     except Exception as error:
         raise SystemExit(f"{path}: optimizer: found {error!r:.200}") from None
-    return checkpoint["epoch"], checkpoint["log"]
 
 
 def build_model(args, dim):
@@ -399,7 +419,7 @@ def get_args(argv=None):
     )
     add(
         "--input-scale",
-        type=number(float, 1e-6),
+        type=number(float, 1e-3, 1e6),
         help="factor on the embeddings; None: sqrt(D), as positions have that length",
     )
     # Optimisation
@@ -427,16 +447,16 @@ def check_files(args):
     require(is_ours, f"{log}: there, but not {args.out}, so not its log: rename one")
 
 
-def describe(args, world, model, encoder, videos):
+def describe(args, world, model, encoder, trained_on):
     """What a checkpoint tells of its run; one that goes on must tell the same."""
     flags = vars(args) | {"batch_size x processes": args.batch_size * world}
     for name in ("data", "exclude", "out", "resume", "device", "batch_size"):
-        del flags[name]
+        del flags[name]  # these may differ
     return {
         "config": asdict(model.config),
         "args": flags,
         "encoder": encoder,
-        "videos": videos,
+        "videos": trained_on,
     }
 
 
@@ -478,31 +498,30 @@ def main(args):
     check_files(args)
     rank, world = read_rank()
     device = pick_device(args.device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    join_processes(world, device)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
 
     # Videos: those of this process; the split is that of all
-    videos, names, encoder = read_videos(args, rank, world)
+    mine, names, encoder = read_videos(args, rank, world)
     train_numbers, val_numbers = split(len(names), args.val_share, args.seed)
-    train = [videos[i] for i in train_numbers if i in videos]
-    val = {i: videos[i] for i in val_numbers if i in videos}
+    train = [mine[i] for i in train_numbers if i in mine]
+    val = {i: mine[i] for i in val_numbers if i in mine}
     steps = max(1, round(len(train_numbers) / (args.batch_size * world)))  # an epoch
     require(len(train) >= steps, f"{args.data}: {len(names)} videos: too few")
 
     # Model
     model = build_model(args, dim=train[0].shape[1]).to(device)
     optimizer = make_optimizer(model, args)
-    train_names = [names[i] for i in train_numbers]
-    about = describe(args, world, model, encoder, train_names)
+    trained_on = [names[i] for i in train_numbers]
+    about = describe(args, world, model, encoder, trained_on)
 
     # Where to begin
     done = 0
     log = []
     if args.resume and os.path.exists(args.out):
         done, log = resume(args.out, model, optimizer, about)
-    all_done = sum_all(torch.tensor(done, device=device)).item()
-    require(all_done == done * world, f"{args.out}: not the same for all processes")
+    mean_done = sum_all(torch.tensor(done, device=device)).item() / world
+    require(mean_done == done, f"{args.out}: not the same for all processes")
     if val_numbers and not log:
         log = evaluate_trivial(validation_batches(val, args), device)
     net = DistributedDataParallel(model) if world > 1 else model
@@ -515,7 +534,8 @@ def main(args):
     # Epochs
     begin = time.time()
     for epoch in range(done + 1, args.epochs + 1):
-        batches = training_batches(train, steps, args, seeded(args.seed, epoch, rank))
+        generator = seeded(args.seed, epoch, rank)
+        batches = training_batches(train, steps, args, generator)
         if rank == 0:
             batches = tqdm(batches, f"epoch {epoch}", steps, leave=False, disable=None)
         line = {"epoch": epoch}

@@ -354,7 +354,9 @@ def test_files_that_are_no_npz(tmp_path):
     whole = Path(write_npz(tmp_path / "flipped.npz")).read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     flip_a_bit(tmp_path / "flipped.npz")
-    for name in ("missing", "text", "empty", "array", "cut", "flipped"):
+    renamed = whole.replace(b"videos.npy", b"wideos.npy", 1)  # not in the directory
+    (tmp_path / "renamed.npz").write_bytes(renamed)
+    for name in ("missing", "text", "empty", "array", "cut", "flipped", "renamed"):
         with pytest.raises(SystemExit, match=f"{name}.npz: found .*expected an npz"):
             load_data(str(tmp_path / f"{name}.npz"))
 
@@ -382,7 +384,7 @@ def test_checkpoint_that_does_not_fit(tmp_path, capsys):
     path.write_text("{}")
     assert "expected a checkpoint" in error_of_loading()
     write_checkpoint(path, model, config={"loss": "cosine"})
-    assert "of other code: {'loss'}" in error_of_loading()
+    assert "keyword argument 'loss'" in error_of_loading()
     write_checkpoint(path, model, config={"depth": 3})
     assert "expected a checkpoint" in error_of_loading()
     write_checkpoint(path, make_model(dim=16).float())
@@ -398,9 +400,15 @@ def test_checkpoint_that_does_not_fit(tmp_path, capsys):
 
 def test_another_encoder_is_said(tmp_path, capsys):
     """Catches a checkpoint used in silence with embeddings of another encoder."""
-    write_checkpoint(tmp_path / "m.pt", make_model().float(), encoder={"model": "A"})
-    for name, words in (("A", ""), ("B", "m.pt: model A, but")):
-        meta = np.array(json.dumps({"model": name}))
+    encoder = {"model": "A", "segment_seconds": 5}
+    write_checkpoint(tmp_path / "m.pt", make_model().float(), encoder=encoder)
+    others = {
+        "m.pt: model A, but": {"model": "B"},
+        "m.pt: segment_seconds 5, but": {"model": "A", "segment_seconds": 60},
+        "": {"model": "A", "frames_per_segment": 8},
+    }
+    for words, meta in others.items():
+        meta = np.array(json.dumps(meta))
         data = load_data(write_npz(tmp_path / "x.npz", meta=meta))
         load_checkpoint(str(tmp_path / "m.pt"), data, torch.device("cpu"))
         said = capsys.readouterr().err
@@ -423,16 +431,19 @@ def test_outputs_are_checked(tmp_path):
     (tmp_path / "in.npz").touch()
     (tmp_path / "link.npz").symlink_to(tmp_path / "in.npz")
     (tmp_path / "file").touch()
+    (tmp_path / "text.npz").write_text("mine")
     (tmp_path / "folder.npz").mkdir()
     os.mkfifo(tmp_path / "pipe.npz")
     inputs = [str(tmp_path / "in.npz")]
     wrong = {
         "in.npz": "would replace an input",
         "link.npz": "would replace an input",
+        "text.npz": "no .npz file",
         "folder.npz": "no regular file",
         "pipe.npz": "no regular file",
         "file/x.npz": "cannot be written",
         "x.pt": "ends in .npz",
+        "x" * 249 + ".npz": "cannot be written",
     }
     for name, words in wrong.items():
         with pytest.raises(SystemExit, match=words):

@@ -205,10 +205,33 @@ def test_resume_with_a_flag_that_is_newer_than_the_checkpoint(copy):
 def test_optimizer_of_other_shapes_is_refused(copy):
     """Catches moments that crash the process, since fused AdamW does not look."""
     state = torch.load("lvmae.pt", weights_only=True)["optimizer"]
-    state["state"][0]["exp_avg"] = torch.zeros(3)
-    cut_to_epoch("lvmae.pt", 5, optimizer=state)
-    with pytest.raises(SystemExit, match="lvmae.pt: optimizer: found .*moments 0"):
+    moment = state["state"][0]["exp_avg"]
+    for wrong in (torch.zeros(3), torch.zeros(1).expand_as(moment), moment.double()):
+        state["state"][0]["exp_avg"] = wrong
+        cut_to_epoch("lvmae.pt", 5, optimizer=state)
+        with pytest.raises(SystemExit, match="optimizer: found .*exp_avg 0"):
+            run_here("--epochs", 6, "--resume")
+
+
+def test_resume_needs_the_same_encoder_and_a_whole_checkpoint(copy):
+    """Catches weights of one encoder that are trained on with embeddings of another."""
+    cut_to_epoch("lvmae.pt", 5, encoder={"model": "another"})
+    with pytest.raises(SystemExit, match="lvmae.pt: encoder: not those of the data"):
         run_here("--epochs", 6, "--resume")
+    checkpoint = torch.load("lvmae.pt", weights_only=True)
+    for key in ("videos", "epoch", "log", "args", "optimizer"):
+        kept = {name: value for name, value in checkpoint.items() if name != key}
+        torch.save(kept, "lvmae.pt")
+        with pytest.raises(SystemExit, match="lvmae.pt: "):
+            run_here("--epochs", 6, "--resume")
+
+
+def test_a_killed_run_leaves_nothing_behind_for_good(copy):
+    """Catches a temporary file for every run that was killed while it wrote."""
+    Path("lvmae.pt.0.tmp").write_text("half of a checkpoint")
+    cut_to_epoch("lvmae.pt", 5)
+    run_here("--epochs", 6, "--resume")
+    assert not list(copy.glob("*.tmp"))
 
 
 # ---- Several processes ----------------------------------------------------------------
@@ -433,10 +456,13 @@ def test_broken_weights_of_the_last_step_are_not_saved(copy, monkeypatch):
         ("--data tiny.npz", "tiny.npz.*: 1 videos: too few"),
         ("--data out.npz wide.npz", "embeddings of different sizes"),
         ("--exclude missing.txt", "missing.txt: found .*expected names"),
+        ("--exclude notes.jsonl", "--exclude: 1 names, 1 of them match no video"),
+        ("--data out.npz out.npz", "a video is there twice"),
+        ("--out text.pt", "text.pt: there, and no .pt file"),
         ("--out out.npz", "out.npz: expected a name that ends in .pt"),
         ("--data data.pt --out data.pt", "data.pt: would replace an input"),
         ("--out notes.pt", "notes.jsonl: there, but not notes.pt"),
-        ("--out folder.pt", "folder.pt: there already, and no regular file"),
+        ("--out folder.pt", "folder.pt: there, and no regular file"),
     ],
 )
 def test_errors_are_one_line(copy, flags, message):
@@ -445,7 +471,8 @@ def test_errors_are_one_line(copy, flags, message):
     write_npz(copy / "tiny.npz", videos=1)
     write_npz(copy / "wide.npz", D=32)
     Path("data.pt").write_bytes(Path("out.npz").read_bytes())
-    Path("notes.jsonl").write_text("mine")
+    Path("notes.jsonl").write_text("{mine}")
+    Path("text.pt").write_text("mine")
     Path("folder.pt").mkdir()
     before = {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()}
     with pytest.raises(SystemExit, match=message) as error:
@@ -469,6 +496,7 @@ def test_errors_are_one_line(copy, flags, message):
         "--heads 0",
         "--depth -1",
         "--epochs 1.5",
+        "--input-scale 1e18",
     ],
 )
 def test_flags_out_of_range(flags):
@@ -483,7 +511,8 @@ def test_two_encoders_are_said(tmp_path, capsys):
     for name in ("A", "B"):
         meta = np.array(json.dumps({"model": name}))
         files.append(write_npz(tmp_path / f"{name}.npz", meta=meta))
-    train.read_videos(train.get_args(["--data", *files]), 0, 1)
+    args = train.get_args(["--data", *files])
+    train.read_videos(args, 0, 1)
     assert "B.npz: model B, but" in capsys.readouterr().err
     train.read_videos(train.get_args(["--data", files[0]]), 0, 1)
     assert capsys.readouterr().err == ""
