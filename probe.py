@@ -26,6 +26,7 @@ import json
 import math
 import statistics
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import (
+    MLP,
     Block,
     check_outputs,
     collate,
@@ -47,10 +49,20 @@ from model import (
     unpack,
 )
 
-# How heads are trained. Paper: linear probing at a rate of 1e-4. Here: validation chooses
-# among three, since with a few hundred videos 30 epochs at 1e-4 end too early.
-TABLE_6 = {"epochs": 30, "rates": [1e-4, 1e-3, 1e-2], "gamma": 1.0}
-TABLE_7 = {"epochs": 20, "rates": [1e-3], "gamma": 0.9}
+
+@dataclass
+class Setting:
+    """How a head is trained."""
+
+    epochs: int
+    rates: list  # of learning; validation chooses one
+    gamma: float  # the rate is multiplied by it after each epoch
+
+
+# Paper: linear probing at a rate of 1e-4. Here: validation chooses among three, since
+# with a few hundred videos 30 epochs at 1e-4 end too early.
+TABLE_6 = Setting(epochs=30, rates=[1e-4, 1e-3, 1e-2], gamma=1.0)
+TABLE_7 = Setting(epochs=20, rates=[1e-3], gamma=0.9)
 BATCH_SIZE = 16  # of both
 
 # ---- Heads: x (B, N+1, D), is_token (B, N+1), False at padding -> (B, outputs) ---------
@@ -69,6 +81,21 @@ class LinearProbe(nn.Module):
         return self.last(average(x, is_token))
 
 
+def average(x, is_token):
+    """Mean of the segments, without [CLS]: (B, N+1, D) -> (B, D)."""
+    is_segment = is_token[:, 1:, None]  # (B, N, 1)
+    return (x[:, 1:] * is_segment).sum(1) / is_segment.sum(1)
+
+
+def last_layer(dim, outputs):
+    """Make the linear layer that ends a head."""
+    # Paper: silent. Here: each dimension is normalised first, as in MAE's linear probing,
+    # and the layer starts at zero: few small steps would not wash out a random start.
+    linear = nn.Linear(dim, outputs)
+    nn.init.zeros_(linear.weight)
+    return nn.Sequential(nn.BatchNorm1d(dim, affine=False), linear)
+
+
 class AttentiveProbe(nn.Module):
     """Section 8: one pre-norm transformer layer -> [CLS] -> linear layer."""
 
@@ -77,14 +104,11 @@ class AttentiveProbe(nn.Module):
     def __init__(self, dim, outputs):
         super().__init__()
         heads = math.gcd(dim, 8)
-        self.cls_token = nn.Parameter(
-            torch.zeros(dim)
-        )  # raw features have a blank [CLS]
+        self.cls_token = nn.Parameter(torch.zeros(dim))  # the [CLS] of raw is blank
         self.norm1 = nn.LayerNorm(dim)
         self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.norm2 = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
+        self.mlp = MLP(dim)
         self.last = last_layer(dim, outputs)
 
     def forward(self, x, is_token):
@@ -93,10 +117,30 @@ class AttentiveProbe(nn.Module):
 
         # No output but that of [CLS] is read, so no other is computed.
         query = keys[:, :1]
-        out, _ = self.attention(query, keys, keys, ~is_token, need_weights=False)
+        out, _ = self.attention(
+            query, keys, keys, key_padding_mask=~is_token, need_weights=False
+        )
         cls = (cls + out)[:, 0]  # (B, D)
-        cls = cls + self.fc2(F.gelu(self.fc1(self.norm2(cls))))
+        cls = cls + self.mlp(self.norm2(cls))
         return self.last(cls)
+
+
+class Majority(nn.Module):
+    """Always the mean of the targets: of classes the commonest one, else the mean number.
+
+    It is not trained; it remembers what it needs of the training videos.
+    """
+
+    setting = None
+
+    def __init__(self, dim, outputs):
+        super().__init__()
+
+    def remember(self, videos, targets):  # a list of (n+1, D), and (videos, outputs)
+        self.answer = targets.mean(0)
+
+    def forward(self, x, is_token):
+        return self.answer.expand(len(x), -1)
 
 
 class Transformer(nn.Module):
@@ -181,135 +225,128 @@ def selective_scan(x, delta, rate, b, c):
     return torch.einsum("bhts,bshp->bthp", match * decay * step, x)
 
 
-class Majority(nn.Module):
-    """Always the commonest class, or the mean. A head that remembers is not trained."""
-
-    def __init__(self, dim, outputs):
-        super().__init__()
-        self.outputs = outputs
-
-    def remember(self, videos, targets):
-        """Keep what is needed of the training videos, a list of (n+1, D)."""
-        if not targets.is_floating_point():
-            targets = F.one_hot(targets, self.outputs).float()  # (videos, outputs)
-        self.answer = targets.mean(0)
-
-    def forward(self, x, is_token):
-        return self.answer.expand(len(x), self.outputs)
-
-
-def average(x, is_token):
-    """Mean of the segments, without [CLS]: (B, N+1, D) -> (B, D)."""
-    is_segment = is_token[:, 1:, None]  # (B, N, 1)
-    return (x[:, 1:] * is_segment).sum(1) / is_segment.sum(1)
-
-
-def last_layer(dim, outputs):
-    """Make the linear layer that ends a head."""
-    # Paper: silent. Here: each dimension is normalised first, as in MAE's linear probing,
-    # and the layer starts at zero: few small steps would not wash out a random start.
-    linear = nn.Linear(dim, outputs)
-    nn.init.zeros_(linear.weight)
-    return nn.Sequential(nn.BatchNorm1d(dim, affine=False), linear)
-
-
 HEADS = {
     "linear": LinearProbe,
     "attentive": AttentiveProbe,
     "transformer": Transformer,
     "mamba": Mamba,
 }
-ROWS = [  # of the table: name, head, and the features that it sees
-    ("majority", Majority, "raw"),
-    ("raw linear", LinearProbe, "raw"),
-    ("raw attentive", AttentiveProbe, "raw"),
-    ("transformer", Transformer, "raw"),
-    ("mamba", Mamba, "raw"),
-    ("LV-MAE linear", LinearProbe, "lvmae"),
-    ("LV-MAE attentive", AttentiveProbe, "lvmae"),
+
+
+@dataclass
+class Row:
+    """A row of the table: a head, and the features that it sees."""
+
+    name: str
+    Head: type
+    features: str
+
+
+ROWS = [
+    Row("majority", Majority, "raw"),
+    Row("raw linear", LinearProbe, "raw"),
+    Row("raw attentive", AttentiveProbe, "raw"),
+    Row("transformer", Transformer, "raw"),
+    Row("mamba", Mamba, "raw"),
+    Row("LV-MAE linear", LinearProbe, "lvmae"),
+    Row("LV-MAE attentive", AttentiveProbe, "lvmae"),
 ]
 
-# ---- Training --------------------------------------------------------------------------
+# ---- Training: targets (V, outputs), classes as one-hot rows or numbers (V, 1) ---------
 
 
 def fit(Head, features, targets, train, val, args, device):
     """Train a head on the videos `train`, keep its best epoch on the videos `val`.
 
-    features: {i: (n+1, D)}, of the videos i; targets (V,): classes as int64, or numbers
-    as float32; train, val: tensors of some i. Without val, the last epoch is kept.
+    features: {i: (n+1, D)}, of the videos i; train, val: tensors of some i. Without val,
+    the last epoch at the first rate is kept.
     """
     dim = features[int(train[0])].shape[1]
-    outputs = 1
-    if not targets.is_floating_point():
-        outputs = int(targets.max()) + 1
-
-    # A head that is not trained
-    if hasattr(Head, "remember"):
-        head = Head(dim, outputs)
-        head.remember([features[i] for i in train.tolist()], targets[train])
+    outputs = targets.shape[1]
+    if Head.setting is None:
+        videos = [features[i].to(device) for i in train.tolist()]
+        head = Head(dim, outputs).to(device)
+        head.remember(videos, targets[train].to(device))
         return head
 
     # The setting of Table 6 or 7, where the flags give none
-    epochs = args.epochs or Head.setting["epochs"]
-    rates = Head.setting["rates"]
+    has_val = len(val) > 0
+    epochs = args.epochs or Head.setting.epochs
+    rates = Head.setting.rates
     if args.lr:
         rates = [args.lr]
-    if len(val) == 0:
+    if not has_val:
         rates = rates[:1]  # nothing to choose by: the paper's rate
 
-    # Of equal size: BatchNorm cannot train on a last batch of one video.
-    n_batches = max(1, len(train) // BATCH_SIZE)
-
-    best = (math.inf, math.inf)  # error, loss
+    best_error = math.inf
+    best_loss = math.inf
     for rate in rates:
         head = Head(dim, outputs).to(device)
         optimizer = torch.optim.Adam(head.parameters(), rate, betas=(0.9, 0.999))
-        gamma = Head.setting["gamma"]
+        gamma = Head.setting.gamma
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
         for _ in tqdm(range(epochs), Head.__name__, leave=False, disable=None):
-            head.train()
-            order = train[torch.randperm(len(train))]
-            for batch in order.tensor_split(n_batches):
-                x, is_token = make_batch(features, batch, device)
-                loss = loss_of(head(x, is_token), targets[batch].to(device))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+            train_epoch(head, optimizer, features, targets, train, device)
             schedule.step()
 
-            if len(val) == 0:
+            if has_val:
+                error, loss = evaluate(head, features, targets, val, device)
+                is_equal = error == best_error and loss < best_loss
+                if error < best_error or is_equal:
+                    best_error = error
+                    best_loss = loss
+                    best_head = copy.deepcopy(head)
+            else:
                 best_head = head
-                continue
-            found = evaluate(head, features, targets, val, device)
-            if found < best:  # the error decides; between equal ones, the loss
-                best = found
-                best_head = copy.deepcopy(head)
     return best_head
+
+
+def train_epoch(head, optimizer, features, targets, train, device):
+    """Train on each video once."""
+    head.train()
+    order = train[torch.randperm(len(train))]
+    # Of equal size: BatchNorm cannot train on a last batch of one video.
+    n_batches = max(1, len(train) // BATCH_SIZE)
+    for batch in order.tensor_split(n_batches):
+        x, is_token = make_batch(features, batch, device)
+        loss = loss_of(head(x, is_token), targets[batch].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 @torch.no_grad()
 def evaluate(head, features, targets, videos, device):
-    """Return (error, loss) on some videos. Classes: the error is the share of wrong ones."""
+    """Return the error on some videos, and the loss: of numbers they are the same.
+
+    The error of classes is the share of wrong ones.
+    """
     head.eval()
     predictions = []
     for batch in videos.split(BATCH_SIZE):
         x, is_token = make_batch(features, batch, device)
         predictions.append(head(x, is_token).cpu())
     predictions = torch.cat(predictions)  # (videos, outputs)
-    loss = loss_of(predictions, targets[videos]).item()
+    targets = targets[videos]  # (videos, outputs)
+    loss = loss_of(predictions, targets).item()
     is_finite = predictions.isfinite().all() and math.isfinite(loss)
     require(is_finite, f"{type(head).__name__}: its predictions are not finite")
 
-    if targets.is_floating_point():
+    if are_numbers(targets):
         return loss, loss
-    is_wrong = predictions.argmax(1) != targets[videos]
+    is_wrong = predictions.argmax(1) != targets.argmax(1)
     return is_wrong.double().mean().item(), loss
+
+
+def are_numbers(targets):
+    """Tell numbers (V, 1) from classes, which are two or more."""
+    return targets.shape[1] == 1
 
 
 def loss_of(predictions, targets):
     """Cross-entropy of classes, or mean squared error of numbers."""
-    if targets.is_floating_point():
-        return F.mse_loss(predictions[:, 0], targets)
+    if are_numbers(targets):
+        return F.mse_loss(predictions, targets)
     return F.cross_entropy(predictions, targets)
 
 
@@ -324,14 +361,14 @@ def run(Head, features, targets, split, args, device):
     """Train a head, score it once on test -> accuracy in %, or mean squared error."""
     train = split["train"]
     scale = 1.0
-    if targets.is_floating_point():
+    if are_numbers(targets):
         # Numbers are learned with mean 0 and deviation 1, and scored in their own unit.
         scale = targets[train].std().item()
         targets = (targets - targets[train].mean()) / scale
 
     head = fit(Head, features, targets, train, split["val"], args, device)
     error, _ = evaluate(head, features, targets, split["test"], device)
-    if targets.is_floating_point():
+    if are_numbers(targets):
         return error * scale**2
     return 100 * (1 - error)
 
@@ -340,69 +377,90 @@ def run(Head, features, targets, split, args, device):
 
 
 @torch.no_grad()
-def encode(model, videos, device):
-    """Latents of whole videos, all visible: a list of (n, D) -> a list of (n+1, D)."""
-    features = []
+def encode(model, embeddings, videos, device):
+    """Latents of some videos, whole, all segments visible -> {i: (n+1, D)}.
+
+    embeddings: (n, D) of each video i; videos: a list of some i.
+    """
+    features = {}
     starts = range(0, len(videos), BATCH_SIZE)
     for start in tqdm(starts, "features", leave=False, disable=None):
         batch = videos[start : start + BATCH_SIZE]
-        x, lengths = collate(batch)
+        x, lengths = collate([embeddings[i] for i in batch])
         latents = model.encode(x.to(device), lengths).half().cpu()  # (B, N+1, D)
-        for video, tokens in zip(batch, latents, strict=True):
-            features.append(tokens[: len(video) + 1].clone())  # without padding
+        for i, n, tokens in zip(batch, lengths, latents, strict=True):
+            features[i] = tokens[: n + 1].clone()  # without padding
     return features
 
 
-def read_labels(path, data):
-    """Read the label and the part ('' where there is none) of each labelled video.
+def count_seen(tested, checkpoint):
+    """Say how many of the test videos were in the pre-training, where that is known."""
+    seen = "unknown"
+    if "videos" in checkpoint:
+        seen = len(tested.intersection(checkpoint["videos"]))
+    print(f"{seen} of {len(tested)} test videos were in the pre-training")
+    return seen
 
-    path: a CSV, or 'folders' -> {index of a video: (label, part)}, and all parts named.
-    """
+
+def read_labels(path, data):
+    """Read a CSV, or 'folders' -> rows of (video, label, part); no part means train."""
     rows = []
     if path == "folders":
         for video, label in zip(data.videos, data.labels, strict=True):
             if label:
-                rows.append((video, label, ""))
-    else:
-        try:
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                for row in csv.DictReader(file):
-                    rows.append((row["video"], row["label"], row.get("split", "")))
-        except Exception as error:
-            expected = "expected a CSV with the header video,label or video,label,split"
-            raise SystemExit(f"{path}: found {error!r:.200}, {expected}") from None
+                rows.append((video, label, "train"))
+        return rows
 
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for row in csv.DictReader(file):
+                part = row.get("split") or "train"
+                rows.append((row["video"], row["label"], part))
+    except Exception as error:
+        expected = "expected a CSV with the header video,label or video,label,split"
+        raise SystemExit(f"{path}: found {error!r:.200}, {expected}") from None
+
+    for video, label, part in rows:
+        is_right = video and label and part in ("train", "val", "test")
+        found = f"{path}: found {video},{label},{part}"
+        require(is_right, f"{found}, expected video,label[,train or val or test]")
+    return rows
+
+
+def find_videos(rows, data, path):
+    """Match labels with videos -> {index of a video: (label, part)}."""
+    full_names = {video: i for i, video in enumerate(data.videos)}
     index = index_names(data.videos)
-    for i, video in enumerate(data.videos):
-        index[video] = [i]  # a full name comes before a part of another one
     labelled = {}
-    named = set()  # also if none of its videos is there
     absent = []
     for video, label, part in rows:
-        named.add(part)
-        found = f"{path}: found {video},{label},{part}"
-        is_right = video and label and part in ("", "train", "val", "test")
-        require(is_right, f"{found}, expected video,label[,train or val or test]")
         matches = index.get(video, [])
+        if video in full_names:  # a full name comes before a part of another one
+            matches = [full_names[video]]
         if not matches:
             absent.append(video)
             continue
+
         names = " and ".join(data.videos[i] for i in matches[:3])
+        found = f"{path}: found {video},{label},{part}"
         require(len(matches) == 1, f"{found}, which may be {names}: give the full name")
-        first = labelled.setdefault(matches[0], (label, part))
-        require(first == (label, part), f"{found}, but {names} has {first} already")
+        i = matches[0]
+        if i in labelled:
+            is_same = labelled[i] == (label, part)
+            require(is_same, f"{found}, but {names} has {labelled[i]} already")
+        labelled[i] = (label, part)
 
     bare = [video for i, video in enumerate(data.videos) if i not in labelled]
     if bare:
         print(f"{len(bare)} videos have no label: {', '.join(bare[:3])}")
     if absent:
         print(f"{len(absent)} labels have no video: {', '.join(absent[:3])}")
-    return labelled, named
+    return labelled
 
 
 def drop_untrained(labelled):
     """Leave out the classes that have no training video, and name them."""
-    trained = {label for label, part in labelled.values() if part in ("", "train")}
+    trained = {label for label, part in labelled.values() if part == "train"}
     kept = {}
     lost = Counter()
     for i, (label, part) in labelled.items():
@@ -416,9 +474,9 @@ def drop_untrained(labelled):
 
 
 def make_targets(labelled, n_videos, args):
-    """Turn labels into a tensor (V,): numbers as float32, classes as int64."""
+    """Turn labels into a tensor: numbers (V, 1), or classes as one-hot rows (V, C)."""
     if args.regression:
-        targets = torch.zeros(n_videos)
+        targets = torch.zeros(n_videos, 1)
         for i, (label, _) in labelled.items():
             try:
                 targets[i] = float(label)
@@ -427,34 +485,38 @@ def make_targets(labelled, n_videos, args):
         require(targets.isfinite().all(), f"{args.labels}: a number is not finite")
         return targets
 
-    targets = torch.zeros(n_videos, dtype=torch.long)
     classes = sorted({label for label, _ in labelled.values()})
     require(len(classes) > 1, f"{args.labels}: found classes {classes}, expected two")
+    targets = torch.zeros(n_videos, len(classes))
     for i, (label, _) in labelled.items():
-        targets[i] = classes.index(label)
+        targets[i, classes.index(label)] = 1
     return targets
 
 
 def make_split(labelled, named, args, seed):
-    """Split as the labels say; a val or test that is not in `named` is cut off train.
+    """Split as the labels say -> {"train": indices of videos, "val": ..., "test": ...}.
 
-    Returns {"train": indices of videos, "val": indices, "test": indices}.
+    named: the parts that the labels name, also those whose videos are not there. A val or
+    test that they do not name is cut off train, of each class the same share.
     """
-    generator = torch.Generator().manual_seed(seed)
     # Paper: silent on how an epoch is chosen. Here: on val, if need be a share of train.
-    shares = {"val": args.val_share, "test": 0.2}
-    for part in named.intersection(shares):
-        shares[part] = 0.0
+    shares = {}
+    if "val" not in named:
+        shares["val"] = args.val_share
+    if "test" not in named:
+        shares["test"] = 0.2
+
     split = {"train": [], "val": [], "test": []}
-    groups = {}  # of each class, the same share is cut off
+    groups = {}  # of videos to train on: a class each, or all numbers
     for i, (label, part) in labelled.items():
-        if part in shares:
+        if part != "train":
             split[part].append(i)
         elif args.regression:
             groups.setdefault("numbers", []).append(i)
         else:
             groups.setdefault(label, []).append(i)
 
+    generator = torch.Generator().manual_seed(seed)
     for group in groups.values():
         order = torch.randperm(len(group), generator=generator)
         rest = [group[i] for i in order]
@@ -513,18 +575,18 @@ def main(args):
         check_outputs({args.json: ".json"}, [args.data, args.ckpt, args.labels])
     device = pick_device(args.device)
     data = load_data(args.data)
-    dim = data.embeddings[0].shape[1]
-    require(dim % 2 == 0, f"{args.data}: embeddings of an odd size: {dim}")
 
     # Labels
-    labelled, named = read_labels(args.labels, data)
+    labels = read_labels(args.labels, data)
+    named = {part for _, _, part in labels}
+    labelled = find_videos(labels, data, args.labels)
     n_classes = 0
     metric = "mean squared error"
     if not args.regression:
         labelled = drop_untrained(labelled)
         n_classes = len({label for label, _ in labelled.values()})
         metric = f"{n_classes} classes; accuracy in %"
-    targets = make_targets(labelled, len(data.videos), args)  # (V,)
+    targets = make_targets(labelled, len(data.videos), args)  # (V, outputs)
 
     # Splits
     splits = {}
@@ -536,34 +598,34 @@ def main(args):
     sizes = f"train {n['train']}, val {n['val']}, test {n['test']}"
     print(f"{args.runs} runs; {sizes} videos; {metric}")
 
+    # Rows
+    rows = []
+    for row in ROWS:
+        if args.compare or row.Head in (Majority, HEADS[args.head]):
+            rows.append(row)
+
     # Features
-    rows = ROWS
-    if not args.compare:
-        rows = [row for row in ROWS if row[1] in (Majority, HEADS[args.head])]
     features = {"raw": {}}
     for i in labelled:
         features["raw"][i] = F.pad(data.embeddings[i], (0, 0, 1, 0))  # a blank [CLS]
     seen = "unknown"
-    if "lvmae" in [sees for _, _, sees in rows]:
+    if any(row.features == "lvmae" for row in rows):
         model, checkpoint = load_checkpoint(args.ckpt, data, device)
-        videos = [data.embeddings[i] for i in labelled]
-        latents = encode(model, videos, device)
-        features["lvmae"] = dict(zip(labelled, latents, strict=True))
-        if "videos" in checkpoint:
-            seen = len(tested.intersection(checkpoint["videos"]))
-        print(f"{seen} of {len(tested)} test videos were in the pre-training")
+        features["lvmae"] = encode(model, data.embeddings, list(labelled), device)
+        seen = count_seen(tested, checkpoint)
 
     # Table
     table = {}
-    for name, Head, sees in rows:
-        runs = []
+    for row in rows:
+        scores = []
         for seed, split in splits.items():
             torch.manual_seed(seed)
-            runs.append(run(Head, features[sees], targets, split, args, device))
-        std = statistics.stdev(runs) if args.runs > 1 else 0.0
-        row = {"mean": statistics.mean(runs), "std": std, "runs": runs}
-        print(f"{name:16} {row['mean']:7.2f} +- {std:.2f}", flush=True)
-        table[name] = row
+            score = run(row.Head, features[row.features], targets, split, args, device)
+            scores.append(score)
+        mean = statistics.mean(scores)
+        std = statistics.stdev(scores) if args.runs > 1 else 0.0
+        print(f"{row.name:16} {mean:7.2f} +- {std:.2f}", flush=True)
+        table[row.name] = {"mean": mean, "std": std, "runs": scores}
     if args.json:
         found = {"rows": table, "n": n, "classes": n_classes}
         found.update(seen=seen, tested=len(tested))

@@ -378,12 +378,13 @@ def bench_probe(args):
     videos = rows.split(n_segments)
 
     begin = time.perf_counter()
-    probe.encode(net, videos, device)
+    probe.encode(net, videos, list(range(n_videos)), device)
     seconds = time.perf_counter() - begin
     print(f"features of {n_videos:,} videos: {seconds:.1f} s on {device}", flush=True)
 
     features = {i: F.pad(video, (0, 0, 1, 0)) for i, video in enumerate(videos)}
-    targets = torch.arange(n_videos) % n_classes
+    classes = torch.arange(n_videos) % n_classes
+    targets = F.one_hot(classes, n_classes).float()
     train, val = torch.arange(n_videos).tensor_split([n_videos * 4 // 5])
     options = probe.get_args(["--epochs", "1", "--lr", "1e-3"])
     for name, Head in probe.HEADS.items():

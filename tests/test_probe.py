@@ -14,12 +14,7 @@ import probe
 from model import LVMAE, LVMAEConfig, load_checkpoint, load_data
 
 CPU = torch.device("cpu")
-HEADS = [
-    probe.LinearProbe,
-    probe.AttentiveProbe,
-    probe.Transformer,
-    probe.Mamba,
-]
+HEADS = list(probe.HEADS.values())
 
 
 def write_npz(path, videos, labels=None, lengths=None, dim=16, seed=0):
@@ -79,8 +74,8 @@ def write_csv(path, rows, header="video,label,split"):
 def read(path, videos):
     """Labels of a CSV or the folders, for made-up data of these videos."""
     data = load_data(write_npz(Path(path).parent / "labels.npz", videos))
-    labelled, _ = probe.read_labels(str(path), data)
-    return labelled
+    rows = probe.read_labels(str(path), data)
+    return probe.find_videos(rows, data, path)
 
 
 def run_probe(*flags):
@@ -105,7 +100,7 @@ def test_names_of_a_csv_find_their_videos(tmp_path, capsys):
     videos += ["c/three.mp4"]
     names = ["one.x", "a/two", "three.mp4", "c/four.mp4", "gone"]
     path = write_csv(tmp_path / "l.csv", [f"{name},L" for name in names], "video,label")
-    assert read(path, videos) == dict.fromkeys([0, 1, 3, 4], ("L", ""))
+    assert read(path, videos) == dict.fromkeys([0, 1, 3, 4], ("L", "train"))
     printed = capsys.readouterr().out
     assert "2 videos have no label: b/two.mp4, c/three.mp4\n" in printed
     assert "1 labels have no video: gone\n" in printed
@@ -115,10 +110,10 @@ def test_names_of_a_csv_find_their_videos(tmp_path, capsys):
     "rows, message",
     [
         (["two,L,"], "a/two.mp4 and b/two.mp4"),
-        (["one,L,", "one.mp4,M,"], "has ('L', '') already"),
+        (["one,L,", "one.mp4,M,"], "has ('L', 'train') already"),
         (["one,L,train", "one,L,test"], "has ('L', 'train') already"),
         (["one,L,dev"], "train or val or test"),
-        (["one"], "train or val or test"),
+        (["one"], "one,None,train, expected video,label"),
         ([",L,test"], "train or val or test"),
     ],
 )
@@ -136,7 +131,7 @@ def test_names_are_cut_at_line_ends_only(tmp_path):
     rows = ["\ufeffvideo,label", "a\u2028b.mp4,L", '"c\nd.mp4",M', '"e,f.mp4",N']
     (tmp_path / "l.csv").write_text("\n".join(rows), encoding="utf-8")
     found = read(tmp_path / "l.csv", videos)
-    assert found == {0: ("L", ""), 1: ("M", ""), 2: ("N", "")}
+    assert found == {0: ("L", "train"), 1: ("M", "train"), 2: ("N", "train")}
 
 
 @pytest.mark.parametrize(
@@ -156,7 +151,7 @@ def test_foreign_files_end_in_one_line(tmp_path, text):
 
 def test_class_without_training_video_is_left_out(tmp_path, capsys):
     """Catches a partial download that stops a whole task, and a silent loss of a class."""
-    labelled = {0: ("a", "train"), 1: ("b", ""), 2: ("c", "test"), 3: ("c", "val")}
+    labelled = {0: ("a", "train"), 1: ("b", "train"), 2: ("c", "test"), 3: ("c", "val")}
     assert sorted(probe.drop_untrained(labelled)) == [0, 1]
     assert "class c, 2 videos" in capsys.readouterr().out
 
@@ -183,7 +178,7 @@ def split_of(labelled, *flags, seed=0):
 
 def test_split_is_stratified_and_disjoint():
     """Catches a video in two parts, a class cut unevenly, a seed that decides nothing."""
-    labelled = {i: ("ab"[i % 2], "") for i in range(40)}
+    labelled = {i: ("ab"[i % 2], "train") for i in range(40)}
     split = split_of(labelled)
     assert sorted(sum(split.values(), [])) == list(range(40))
     for part, n in {"train": 12, "val": 4, "test": 4}.items():
@@ -218,7 +213,7 @@ def test_val_share_is_the_readers_choice():
 
 def test_numbers_are_split_as_one_group():
     """Catches numbers taken for classes of one video, which are never tested."""
-    labelled = {i: (str(i), "") for i in range(40)}
+    labelled = {i: (str(i), "train") for i in range(40)}
     split = split_of(labelled, "--regression")
     assert [len(split[part]) for part in ("train", "val", "test")] == [24, 8, 8]
 
@@ -226,7 +221,7 @@ def test_numbers_are_split_as_one_group():
 def test_small_classes_keep_a_training_video():
     """Catches a class all of whose videos are cut off."""
     labels = ["a"] * 10 + ["b"] * 3
-    labelled = {i: (label, "") for i, label in enumerate(labels)}
+    labelled = {i: (label, "train") for i, label in enumerate(labels)}
     split = split_of(labelled, "--val-share", "0.5")
     assert {labels[i] for i in split["train"]} == {"a", "b"}
     assert [labels[i] for i in split["val"]].count("b") == 2
@@ -251,6 +246,17 @@ def test_split_errors(tmp_path, monkeypatch, rows, message):
     assert message in error_of("--labels", write_csv(Path("l.csv"), rows))
 
 
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_split_that_labels_name_is_never_made_up(tmp_path, monkeypatch, part):
+    """Catches training videos cut off in place of published ones that are not there."""
+    monkeypatch.chdir(tmp_path)
+    videos = write_classes(tmp_path, 40, "ab")
+    labels = write_csv(
+        Path("l.csv"), [*(f"{v},{v[0]}," for v in videos), f"no,a,{part}"]
+    )
+    assert f"no video to {part}" in error_of("--labels", labels)
+
+
 # ---- Features and heads ----------------------------------------------------------------
 
 
@@ -260,8 +266,11 @@ def test_features_are_whole_videos(tmp_path):
     lengths = [3, 20, 1, 7] * 10
     data = load_data(write_npz(tmp_path / "out.npz", names, lengths=lengths))
     model, _ = load_checkpoint(write_checkpoint(tmp_path / "c"), data, CPU)
-    features = probe.encode(model, data.embeddings, CPU)
-    for video, found in zip(data.embeddings, features, strict=True):
+    chosen = list(range(39, 1, -1))
+    features = probe.encode(model, data.embeddings, chosen, CPU)
+    assert list(features) == chosen
+    for i, found in features.items():
+        video = data.embeddings[i]
         n = len(video)
         expected = model.encode(video[None].float(), torch.tensor([n]))[0]
         assert found.shape == (n + 1, 16)
@@ -276,11 +285,11 @@ def test_labelled_videos_alone_are_encoded(tmp_path, monkeypatch):
     encoded = []
     encode = probe.encode
     monkeypatch.setattr(
-        probe, "encode", lambda *args: encoded.extend(args[1]) or encode(*args)
+        probe, "encode", lambda *args: encoded.extend(args[2]) or encode(*args)
     )
     labels = write_csv(Path("l.csv"), [f"{i},{'ab'[i % 2]}," for i in range(20)])
     run_probe("--labels", labels, "--runs", 1, "--epochs", 1)
-    assert len(encoded) == 20
+    assert encoded == list(range(20))
 
 
 def make_head(Head):
@@ -325,9 +334,8 @@ def test_attentive_is_a_whole_transformer_layer():
         16, 8, 64, 0.0, "gelu", batch_first=True, norm_first=True
     )
     layer.self_attn.load_state_dict(head.attention.state_dict())
-    for name, theirs in {"fc1": "linear1", "fc2": "linear2"}.items():
-        state = getattr(head, name).state_dict()
-        getattr(layer, theirs).load_state_dict(state)
+    layer.linear1.load_state_dict(head.mlp.fc1.state_dict())
+    layer.linear2.load_state_dict(head.mlp.fc2.state_dict())
     for norm in (head.norm1, head.norm2, layer.norm1, layer.norm2):
         torch.nn.init.constant_(norm.weight, 1.5)
         torch.nn.init.constant_(norm.bias, 0.1)
@@ -372,9 +380,10 @@ def test_selective_scan_forgets_without_overflow():
 class Nearest(torch.nn.Module):
     """A head that somebody adds: the class of the training video of nearest average."""
 
+    setting = None
+
     def __init__(self, dim, outputs):
         super().__init__()
-        self.outputs = outputs
 
     def remember(self, videos, targets):
         self.means = torch.stack([video[1:].float().mean(0) for video in videos])
@@ -382,20 +391,46 @@ class Nearest(torch.nn.Module):
 
     def forward(self, x, is_token):
         distance = torch.cdist(probe.average(x, is_token), self.means)
-        nearest = self.targets[distance.argmin(1)]
-        return torch.nn.functional.one_hot(nearest, self.outputs).float()
+        return self.targets[distance.argmin(1)]
 
 
 def test_a_head_without_training_is_a_row(tmp_path, monkeypatch, capsys):
     """Catches a table that only takes heads trained by gradient."""
     monkeypatch.chdir(tmp_path)
     write_classes(tmp_path)
-    rows = [("majority", probe.Majority, "raw"), ("raw nearest", Nearest, "raw")]
+    rows = [
+        probe.Row("majority", probe.Majority, "raw"),
+        probe.Row("raw nearest", Nearest, "raw"),
+    ]
     monkeypatch.setattr(probe, "ROWS", rows)
     run_probe("--compare", "--runs", 1)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["majority", "33.33", "+-", "0.00"]
     assert lines[2].startswith("raw nearest") and float(lines[2].split()[2]) > 80
+
+
+class Recorder(torch.nn.Module):
+    """A head that lists the devices of what it is given."""
+
+    setting = None
+
+    def __init__(self, dim, outputs):
+        super().__init__()
+        self.register_buffer("own", torch.zeros(outputs))
+
+    def remember(self, videos, targets):
+        self.devices = {self.own.device, targets.device}
+        self.devices.update(video.device for video in videos)
+
+
+def test_a_head_without_training_is_on_the_device():
+    """Catches remembered tensors on the CPU and a head that is asked on another device."""
+    features, targets, split = make_task()
+    args = probe.get_args([])
+    train = split["train"]
+    meta = torch.device("meta")  # as good as a GPU: it does not mix with the CPU
+    head = probe.fit(Recorder, features, targets, train, split["val"], args, meta)
+    assert head.devices == {meta}
 
 
 # ---- Training --------------------------------------------------------------------------
@@ -404,10 +439,11 @@ def test_a_head_without_training_is_a_row(tmp_path, monkeypatch, capsys):
 def make_task(n=60):
     """Features of one segment, whose sign is the class, and the split of n videos."""
     torch.manual_seed(0)
-    targets = torch.arange(n) % 2
+    classes = torch.arange(n) % 2
+    targets = torch.nn.functional.one_hot(classes).float()  # (n, 2)
     features = {}
     for i in range(n):
-        x = torch.randn(1, 16) * 0.7 + (2 * targets[i] - 1)
+        x = torch.randn(1, 16) * 0.7 + (2 * classes[i] - 1)
         features[i] = torch.nn.functional.pad(x, (0, 0, 1, 0))
     parts = torch.arange(n).split([n // 2, n // 4, n // 4])
     return features, targets, dict(zip(("train", "val", "test"), parts, strict=True))
@@ -472,7 +508,7 @@ def test_regression_is_scored_in_its_own_unit():
     """Catches a target far from zero that is not learned, or the normalised error."""
     torch.manual_seed(0)
     features = {i: torch.randn(2, 16) for i in range(120)}
-    targets = torch.stack([1000 + 50 * features[i][1, 0] for i in range(120)])
+    targets = torch.stack([1000 + 50 * features[i][1, :1] for i in range(120)])
     parts = torch.arange(120).split([80, 20, 20])
     split = dict(zip(("train", "val", "test"), parts, strict=True))
     args = probe.get_args(["--lr", "0.01"])
@@ -504,7 +540,7 @@ def test_compare(tmp_path, monkeypatch, capsys):
     assert (
         lines[0] == "2 runs; train 27, val 9, test 9 videos; 3 classes; accuracy in %"
     )
-    assert list(table["rows"]) == [name for name, _, _ in probe.ROWS]
+    assert list(table["rows"]) == [row.name for row in probe.ROWS]
     for line, (name, row) in zip(lines[2:], table["rows"].items(), strict=True):
         mean = f"{row['mean']:.2f}"
         assert line.split() == [*name.split(), mean, "+-", f"{row['std']:.2f}"]
@@ -574,7 +610,7 @@ def test_what_is_not_finite_is_no_table(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "flags",
     ["--lr 0", "--lr nan", "--lr inf", "--epochs 0", "--runs 0", "--seed -1"]
-    + ["--val-share 1", "--val-share nan", "--head knn"],
+    + ["--val-share 1", "--val-share nan", "--head majority"],
 )
 def test_impossible_flags_are_refused(flags, capsys):
     """Catches a rate or number of epochs of 0 that means the default."""
@@ -606,5 +642,3 @@ def test_wrong_inputs_end_in_one_line(tmp_path, monkeypatch):
     assert "lvmae.pt" in error_of("--runs", 1)
     write_checkpoint("lvmae.pt", dim=32)
     assert "32" in error_of("--runs", 1)
-    write_npz("odd.npz", ["a", "b"], dim=15)
-    assert "odd.npz" in error_of("--data", "odd.npz")
