@@ -4,9 +4,9 @@ Section 3.1: a video is N consecutive segments of frames, and a frozen encoder t
 each segment into one embedding. Here the encoder is the image tower of an open_clip
 model, and a segment is the mean over its frames:
 
-    video     |5 s|5 s|5 s|5 s| 3 s|     8 frames of each: the first of 8 equal slots
+    video     |5 s|5 s|5 s|5 s|3 s|    the first frame of each of 8 equal slots
                 |   |   |   |   |
-    out.npz    (D) (D) (D) (D) (D)       embeddings (S, D) of all videos, unit length
+    out.npz    (D) (D) (D) (D) (D)     embeddings (S, D) of all videos, unit length
 
     python extract.py videos/ out.npz                   # ViT-B-32, downloaded on first use
     python extract.py videos/ out.npz --model FOLDER    # an open_clip model on disk
@@ -26,13 +26,16 @@ import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import groupby
 
-# Read by the libraries. nonref: FFmpeg skips frames that no other frame needs, a
-# third of its work. Attempts: sound may lie for long between two frames. -8: damaged
-# videos would fill the screen. Passive: threads that wait must not take the decoder's core.
+# The libraries read these when they are imported.
+# FFmpeg skips frames that no other frame needs, a third of its work.
 os.environ.setdefault("OPENCV_FFMPEG_CAPTURE_OPTIONS", "avdiscard;nonref")
+# Between two frames there may be sound for long.
 os.environ.setdefault("OPENCV_FFMPEG_READ_ATTEMPTS", "1000000000")
+# FFmpeg's complaints about damaged videos would fill the screen.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+# Threads of PyTorch that wait must not take the decoder's core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import cv2
@@ -47,7 +50,6 @@ from model import check_outputs, number, pick_device, read_rank, replacing, requ
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
-BATCH = 16  # frames: the fastest on a CPU, and a GPU waits for the decoder anyway
 ENDINGS = (".3gp", ".asf", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov")
 ENDINGS += (".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm")
 ENDINGS += (".wmv",)
@@ -56,63 +58,66 @@ ENDINGS += (".wmv",)
 
 
 def decode(path, segment_seconds, frames_per_segment):
-    """Yield (segment, slot, frame): frames of a video in time order, numbers from 0.
+    """Section 3.1: yield (segment, slot, frame) of a video, in time order, from 0.
 
     A segment is cut into frames_per_segment equal slots, and the first frame of each is
-    taken: RGB, uint8 (height, width, 3). A slot without a frame is left out. Raises
-    BadVideo. Grabbing all frames is several times faster than seeking, and exact.
+    taken: RGB, uint8 (height, width, 3). A slot without a frame is left out. The last
+    segment may be a short piece. Raises BadVideo.
     """
+    reader = VideoReader(path)
+    yield from sample_frames(reader, segment_seconds, frames_per_segment)
+
+
+def sample_frames(reader, segment_seconds, frames_per_segment):
+    """Do what decode does, for a video that is open already."""
     slot_seconds = segment_seconds / frames_per_segment
     last_slot = -1
-    waiting = []
-    for begin, end, capture in grab_frames(path):
-        slot = int(begin / slot_seconds + 1e-6)  # counted from the start of the video
+    # Grabbing all frames is several times faster than seeking, and exact.
+    while reader.grab():
+        slot = int(reader.begin / slot_seconds + 1e-6)  # from the start of the video
         if slot > last_slot:
-            is_good, frame = capture.retrieve()
+            is_good, frame = reader.capture.retrieve()
             if is_good:
                 last_slot = slot
-                segment = slot // frames_per_segment
                 frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-                waiting.append((segment, slot % frames_per_segment, frame))
+                yield slot // frames_per_segment, slot % frames_per_segment, frame
 
-        # Paper: silent on the tail. Here: half a segment or more is a segment, less is
-        # none. So frames wait until half of theirs is there; the first needs no half.
-        while waiting:
-            segment = waiting[0][0]
-            half = (segment + 0.5) * segment_seconds - 1e-3
-            if segment > 0 and end < half:
-                break
-            yield waiting.pop(0)
+    if last_slot < 0:
+        raise BadVideo(
+            f"no frame that OpenCV can decode, codec {reader.codec} (it has no AV1); "
+            "convert it: ffmpeg -i VIDEO -c:v libx264 NEW.mp4"
+        )
 
 
-def embed_video(path, clip, preprocess, segment_seconds, frames_per_segment):
-    """Embed the segments of one video -> embeddings (n, D) unit length, starts (n,).
+def embed_video(reader, clip, preprocess, segment_seconds, frames_per_segment):
+    """Section 3.1: embed a video -> embeddings (n, D) of unit length, starts (n,).
 
     Raises BadVideo.
     """
     size = max(clip.visual.image_size)
-    frames = decode(path, segment_seconds, frames_per_segment)
-    segments = []
+    frames = sample_frames(reader, segment_seconds, frames_per_segment)
     embeddings = []
-    for numbers, images in prefetch(batches(frames, preprocess, size)):
-        segments += numbers
-        embeddings.append(encode(images, clip))  # (b, D)
+    starts = []
+    for segment, images in prefetch(batches(frames, preprocess, size)):
+        # Paper: a video encoder. Here: the mean over frames, made unit length below.
+        embeddings.append(encode_images(images, clip).mean(dim=0))  # (D)
+        starts.append(segment * segment_seconds)
 
-    # Paper: one call of a video encoder. Here: the mean over frames, made unit length.
-    segments, index = torch.tensor(segments).unique(return_inverse=True)  # (n,), (F,)
-    embeddings = torch.cat(embeddings)  # (F, D), F frames
-    sums = torch.zeros(len(segments), embeddings.shape[1])
-    sums.index_add_(0, index, embeddings)  # (n, D)
-    embeddings = F.normalize(sums, dim=1)
+    # Paper: silent on the tail. Here: half a segment or more is one, as is the first.
+    if len(starts) > 1 and reader.end < starts[-1] + segment_seconds / 2 - 1e-3:
+        embeddings.pop()
+        starts.pop()
+
+    embeddings = F.normalize(torch.stack(embeddings), dim=1)  # (n, D)
     is_unit = (embeddings.norm(dim=1) - 1).abs() < 1e-3  # (n,), not where it is NaN
     if not is_unit.all():
         raise BadVideo("the encoder gave zeros or non-finite numbers")
-    return embeddings, segments * segment_seconds
+    return embeddings, torch.tensor(starts)
 
 
 @torch.inference_mode()
-def encode(images, clip):
-    """Encode images (b, 3, H, W) -> embeddings (b, D) of unit length, on the CPU."""
+def encode_images(images, clip):
+    """Encode images (f, 3, H, W) -> embeddings (f, D) of unit length, on the CPU."""
     device = clip.logit_scale.device
     with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
         embeddings = clip.encode_image(images.to(device))
@@ -120,45 +125,39 @@ def encode(images, clip):
 
 
 def batches(frames, preprocess, size):
-    """Batch what decode yields -> lists of b segment numbers, images (b, 3, H, W)."""
-    segments = []
-    images = []
-    for segment, _, frame in frames:
-        frame = shrink(frame, size)
-        segments.append(segment)
-        images.append(preprocess(Image.fromarray(frame)))
-        if len(images) == BATCH:
-            yield segments, torch.stack(images)
-            segments = []
+    """Yield segment, images (f, 3, H, W) for each segment of what decode yields."""
+    try:
+        for segment, items in groupby(frames, key=lambda item: item[0]):
             images = []
-    if images:
-        yield segments, torch.stack(images)
+            for _, _, frame in items:
+                image = Image.fromarray(shrink(frame, size))
+                images.append(preprocess(image))  # (3, H, W)
+            yield segment, torch.stack(images)
+    except BadVideo:
+        raise
+    except Exception as error:  # whatever else a file does to the libraries
+        raise BadVideo(f"{error!r:.200}") from error
 
 
 def shrink(frame, size):
     """Resize a frame so that its shorter side is `size`, unless it is smaller."""
     # Pillow alone, from full size, takes twice as long, as much as half the decoding.
     scale = size / min(frame.shape[:2])
-    if scale < 1:
-        area = cv2.INTER_AREA
-        frame = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=area)
-    return frame
+    if scale >= 1:
+        return frame
+    return cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
 
 
 def prefetch(items):
     """Yield items; a thread works out the next one while the last one is used."""
     with ThreadPoolExecutor(max_workers=1) as thread:
-        future = thread.submit(next, items, None)
+        future = thread.submit(next, items)
         while True:
             try:
                 item = future.result()
-            except BadVideo:
-                raise
-            except Exception as error:  # whatever else a file does to the libraries
-                raise BadVideo(f"{error!r:.200}") from error
-            if item is None:
+            except StopIteration:
                 return
-            future = thread.submit(next, items, None)
+            future = thread.submit(next, items)
             yield item
 
 
@@ -216,79 +215,72 @@ def find_videos(root):
     return sorted(videos)
 
 
-def open_video(path):
-    """Open a video in OpenCV; raises BadVideo."""
-    path = os.path.abspath(path)  # of a relative a:b.mp4, a would be a protocol
-    if not os.path.isfile(path):  # a pipe would wait for ever
-        raise BadVideo("no regular file")
-    if os.path.getsize(path) == 0:
-        raise BadVideo("empty file")
-    if os.fsencode(path).decode(errors="replace") != path:
-        raise BadVideo("its name is not UTF-8, and OpenCV opens no other")
-    one_thread = [cv2.CAP_PROP_N_THREADS, 1]  # least CPU time
-    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, one_thread)
-    if not capture.isOpened():
-        raise BadVideo("no video that OpenCV can read")
-    return capture
+class VideoReader:
+    """A video that OpenCV reads, one frame after the other. Raises BadVideo."""
 
+    def __init__(self, path):
+        path = os.path.abspath(path)  # of a relative a:b.mp4, a would be a protocol
+        if not os.path.isfile(path):  # a pipe would wait for ever
+            raise BadVideo("no regular file")
+        if os.path.getsize(path) == 0:
+            raise BadVideo("empty file")
+        if os.fsencode(path).decode(errors="replace") != path:
+            raise BadVideo("its name is not UTF-8, and OpenCV opens no other")
+        one_thread = [cv2.CAP_PROP_N_THREADS, 1]  # least CPU time
+        self.capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, one_thread)
+        if not self.capture.isOpened():
+            raise BadVideo("no video that OpenCV can read")
 
-def grab_frames(path):
-    """Yield (begin, end, capture) for each frame: seconds that never go back.
+        code = int(self.capture.get(cv2.CAP_PROP_FOURCC))
+        self.codec = code.to_bytes(8, "little", signed=True)[:4]
 
-    capture.retrieve() then gives the frame. Raises BadVideo.
-    """
-    capture = open_video(path)
-    fps = capture.get(cv2.CAP_PROP_FPS)
-    if not 1 <= fps <= 240:  # headers are hints: 0, -1, nan and 90000 are found there
-        fps = 25
-    begin = -1 / fps
-    failures = 0
-    while failures < 1000:  # one failure is a bad packet, not the end
-        if not capture.grab():
-            failures += 1
-            continue
-        failures = 0
-        stamp = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
-        if begin < stamp < float("inf"):
-            begin = stamp
-        else:
-            begin += 1 / fps
-        yield begin, begin + 1 / fps, capture
+        # Headers are hints: a frame rate of 0, -1, nan or 90000 is found there.
+        self.fps = 25.0
+        self.promised = 0.0  # seconds
+        fps = self.capture.get(cv2.CAP_PROP_FPS)
+        if 1 <= fps <= 240:
+            self.fps = fps
+            self.promised = self.capture.get(cv2.CAP_PROP_FRAME_COUNT) / fps
 
-    if begin < 0:
-        codec = int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(8, "little", signed=True)
-        raise BadVideo(
-            f"no frame that OpenCV can decode, codec {codec[:4]} (it has no AV1); "
-            "convert it: ffmpeg -i VIDEO -c:v libx264 NEW.mp4"
-        )
+        # Seconds at which the frame of the last grab begins and ends.
+        self.begin = -1 / self.fps
+        self.end = 0.0
 
-
-def header_seconds(path):
-    """Length that the header of a video promises, in seconds; 0 where it says none."""
-    capture = open_video(path)
-    fps = capture.get(cv2.CAP_PROP_FPS)
-    if fps > 0:
-        return capture.get(cv2.CAP_PROP_FRAME_COUNT) / fps
-    return 0.0
+    def grab(self):
+        """Go to the next frame, which capture.retrieve() then gives; False: no more."""
+        for _ in range(1000):  # one failure is a bad packet, not the end
+            if self.capture.grab():
+                stamp = self.capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+                if self.begin < stamp < float("inf"):
+                    self.begin = stamp
+                else:  # time never goes back
+                    self.begin += 1 / self.fps
+                self.end = self.begin + 1 / self.fps
+                return True
+        return False
 
 
 # ---- Parts: a file for each finished video, so that a stopped run can go on ------------
+
+ARRAYS = ("embeddings", "lengths", "videos", "starts", "labels")  # of the npz
 
 
 def check_settings(folder, meta):
     """Make the folder of parts, or see that the parts in it were made as `meta` says."""
     path = os.path.join(folder, "settings.json")
-    settings = json.dumps(meta, indent=0)  # a line for each
     os.makedirs(folder, exist_ok=True)
     if not os.path.exists(path):
         with replacing(path) as file:
-            file.write(settings.encode())
-    with open(path, errors="replace") as file:
-        found = set(file.read().split("\n"))
-    expected = set(settings.split("\n"))
-    message = f"{path}: found {found - expected}, expected {expected - found}"
-    advice = "delete the folder, or take another name for the npz"
-    require(found == expected, f"{message}: {advice}")
+            file.write(json.dumps(meta).encode())
+    try:
+        with open(path) as file:
+            found = json.load(file)
+    except ValueError:  # cut, by a power failure
+        found = {}
+    for key, value in meta.items():
+        message = f"{path}: found {key} {found.get(key)}, expected {value}"
+        advice = "delete the folder, or take another name for the npz"
+        require(found.get(key) == value, f"{message}: {advice}")
 
 
 def part_path(folder, video):
@@ -297,8 +289,8 @@ def part_path(folder, video):
     return os.path.join(folder, f"{digest[:16]}.npz")
 
 
-def describe(path, video):
-    """Say which state of which video a part belongs to."""
+def fingerprint(path, video):
+    """Say which state of which video a part was made from."""
     if not os.path.exists(path):
         return f"{video}, gone"
     stat = os.stat(path)
@@ -306,12 +298,13 @@ def describe(path, video):
 
 
 def read_part(folder, path, video):
-    """Read the part of the video at `path`, or None where it is yet to be made."""
+    """Read the result for the video at `path`, or None where it is yet to be made."""
     try:
         with np.load(part_path(folder, video), allow_pickle=False) as file:
-            part = dict(file)  # all of it: reading compares the checksums
-        if part["source"] == describe(path, video):
-            return part
+            # All of it: reading compares the checksums.
+            result = {key: file[key] for key in (*ARRAYS, "source", "note")}
+        if result["source"] == fingerprint(path, video):
+            return result
         tqdm.write(f"{video}: changed, embedded anew")
     except FileNotFoundError:
         pass
@@ -320,30 +313,31 @@ def read_part(folder, path, video):
     return None
 
 
-def make_part(path, video, clip, preprocess, args):
-    """Embed a video -> its part: what the npz holds, of it alone, and a note."""
-    source = describe(path, video)
-    seconds = args.segment_seconds
+def make_result(path, video, clip, preprocess, args):
+    """Embed a video -> what its part holds: the npz of it alone, its source, a note."""
+    source = fingerprint(path, video)
     note = ""
     try:
-        embeddings, starts = embed_video(path, clip, preprocess, seconds, args.frames)
-        found = starts[-1].item() + seconds
-        promised = header_seconds(path)
-        if found + seconds / 2 < 0.9 * promised:
-            note = f"kept, with {found:.1f} s of the {promised:.1f} s in its header"
+        reader = VideoReader(path)
+        embeddings, starts = embed_video(
+            reader, clip, preprocess, args.segment_seconds, args.frames
+        )
+        if reader.end < 0.9 * reader.promised:
+            note = f"kept, with {reader.end:.1f} s"
+            note += f" of the {reader.promised:.1f} s in its header"
     except BadVideo as error:
         embeddings = torch.empty(0, 0)
         starts = torch.empty(0)
         note = str(error)
 
     return {
-        "source": source,
-        "note": note,
         "embeddings": embeddings.half().numpy(),
         "lengths": [len(starts)],
         "videos": [video],
         "starts": starts.float().numpy(),
         "labels": [os.path.basename(os.path.dirname(video))],
+        "source": source,
+        "note": note,
     }
 
 
@@ -374,16 +368,13 @@ def get_args(argv=None):
     parser.add_argument(
         "--pretrained",
         default="datacomp_xl_s13b_b90k",
-        help="weights of a named model: open_clip's tag, or a file (its images are "
-        "normalised as OpenAI's; a folder knows its own way)",
+        help="weights of a named model: open_clip's tag, or a file",
     )
 
     parser.add_argument(
         "--segment-seconds", type=number(float, 0.01), default=5.0, help="of a segment"
     )
-    parser.add_argument(
-        "--frames", type=number(int, 1), default=8, help="per segment, evenly spaced"
-    )
+    parser.add_argument("--frames", type=number(int, 1), default=8, help="per segment")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser.parse_args(argv)
 
@@ -393,7 +384,7 @@ def main(args):
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files hold anything
     rank, world = read_rank()
 
-    # Find the videos, and what is done of them.
+    # Find the videos.
     videos = find_videos(args.videos)
     require(videos, f"{args.videos}: no videos there, that is, {' '.join(ENDINGS)}")
     paths = [os.path.join(args.videos, video) for video in videos]
@@ -408,42 +399,42 @@ def main(args):
         meta["model"] = os.path.abspath(args.model)
         meta["pretrained"] = ""
 
-    # Embed one video after the other, each into a part.
+    # Embed one video after the other; each result goes into a part.
     device = pick_device(args.device)
     clip, preprocess = load_encoder(args.model, args.pretrained, device)
     folder = f"{args.out}.parts"
     check_settings(folder, meta)
     for i in tqdm(range(rank, len(videos), world), unit="video"):
         if read_part(folder, paths[i], videos[i]) is None:
-            part = make_part(paths[i], videos[i], clip, preprocess, args)
+            result = make_result(paths[i], videos[i], clip, preprocess, args)
             with replacing(part_path(folder, videos[i])) as file:
-                np.savez(file, **part)
+                np.savez(file, **result)
 
     # Join the parts of all processes.
-    parts = []
+    results = []
     for path, video in zip(paths, videos, strict=True):
-        part = read_part(folder, path, video)
-        if part is None:
+        result = read_part(folder, path, video)
+        if result is None:
             print(f"Other processes are not done; the last one writes {args.out}.")
             print("If none is left, give the command again.")
             return
-        parts.append(part)
-    good = [part for part in parts if len(part["starts"])]
-    arrays = {}
+        results.append(result)
+    good = [result for result in results if result["lengths"] > 0]
     if good:
-        for key in ("embeddings", "lengths", "videos", "starts", "labels"):
-            arrays[key] = np.concatenate([part[key] for part in good])
+        arrays = {}
+        for key in ARRAYS:
+            arrays[key] = np.concatenate([result[key] for result in good])
         with replacing(args.out) as file:
             np.savez(file, **arrays, meta=json.dumps(meta))
     remove_parts(folder, videos)
 
     # Report.
-    n_segments = sum(len(part["starts"]) for part in good)
+    n_segments = sum(len(result["starts"]) for result in good)
     print(f"{len(good)} of {len(videos)} videos, {n_segments:,} segments;", end=" ")
     print(f"{len(videos) - len(good)} failed")
-    for part in parts:
-        if part["note"]:
-            print(f"  {part['videos'][0]}: {part['note']}")
+    for video, result in zip(videos, results, strict=True):
+        if result["note"]:
+            print(f"  {video}: {result['note']}")
     require(good, f"{args.out}: not written, for there is no segment")
 
 

@@ -138,25 +138,25 @@ def test_segments_and_tails(tmp_path, clip):
 
 
 def test_slots_are_the_right_frames(tmp_path):
-    """A frame is of the wrong moment, the tail comes out all the same, or red is blue."""
+    """A frame is of the wrong moment, one is left out at the end, or red is blue."""
     path = str(tmp_path / "a.avi")
     codec = cv2.VideoWriter_fourcc(*"MJPG")
     writer = cv2.VideoWriter(path, cv2.CAP_FFMPEG, codec, 10, (48, 32))
-    for i in range(120):  # the red grows with time: 12 s, of which 2 s are no segment
+    for i in range(120):  # the red grows with time
         writer.write(np.full((32, 48, 3), (0, 0, 2 * i), np.uint8))
     writer.release()
-    for n, numbers in (2, [0, 25, 50, 75]), (1, [0, 50]):
+    for n, numbers in (2, [0, 25, 50, 75, 100]), (1, [0, 50, 100]):
         frames = list(extract.decode(path, 5.0, n))
         places = [(segment, slot) for segment, slot, _ in frames]
-        assert places == [(i // n, i % n) for i in range(2 * n)]
+        assert places == [(i // n, i % n) for i in range(len(numbers))]
         for (_, _, frame), number in zip(frames, numbers, strict=True):
             assert frame.shape == (32, 48, 3) and frame.dtype == np.uint8
             np.testing.assert_allclose(frame[..., 0], 2 * number, atol=6)
             assert frame[..., 1:].max() < 10
 
 
-def test_place_in_the_batch(tmp_path, clip, four, monkeypatch):
-    """An embedding depends on the videos, or on the size of the batch."""
+def test_other_videos(tmp_path, clip, four):
+    """An embedding depends on the other videos, or on the segments beside it."""
     all_four = run(four, tmp_path / "four.npz", clip)
     rows = np.split(all_four["embeddings"], all_four["lengths"].cumsum()[:-1])
     for i, name in enumerate(all_four["videos"]):
@@ -165,13 +165,14 @@ def test_place_in_the_batch(tmp_path, clip, four, monkeypatch):
         shutil.copy(four / name, path)
         data = run(tmp_path / str(i), tmp_path / f"{i}.npz", clip)
         np.testing.assert_array_equal(data["embeddings"], rows[i])
-    for size in (1, 7, 500):
-        monkeypatch.setattr(extract, "BATCH", size)
-        data = run(four, tmp_path / "out.npz", clip)
-        product = data["embeddings"].astype(float) * all_four["embeddings"]
-        np.testing.assert_allclose(product.sum(axis=1), 1, atol=2e-3)
+    path = str(four / "d.webm")
+    model, preprocess = extract.load_encoder(str(clip), "", torch.device("cpu"))
+    for segment in (0, 1):
+        frames = [item for item in extract.decode(path, 5.0, 8) if item[0] == segment]
+        images = [preprocess(Image.fromarray(frame)) for _, _, frame in frames]
+        mean = extract.encode_images(torch.stack(images), model).mean(dim=0)
         np.testing.assert_allclose(
-            data["embeddings"], all_four["embeddings"], atol=1e-3
+            rows[3][segment], F.normalize(mean, dim=0), atol=1e-3
         )
 
 
@@ -202,10 +203,10 @@ def test_frames_as_open_clip_sees_them(tmp_path, mode):
     rng = np.random.default_rng(0)
     sizes = [(360, 640), (720, 1280), (600, 400), (90, 120)] * 4
     images = [natural(rng, *size) for size in sizes]
-    frames = [(i, 0, image) for i, image in enumerate(images)]
-    (batch,) = extract.batches(frames, preprocess, 224)
-    assert batch[0] == list(range(16))
-    ours = extract.encode(batch[1], model)
+    frames = [(5, slot, image) for slot, image in enumerate(images)]
+    ((segment, batch),) = extract.batches(frames, preprocess, 224)
+    assert segment == 5 and len(batch) == 16
+    ours = extract.encode_images(batch, model)
     theirs = torch.stack([preprocess(Image.fromarray(image)) for image in images])
     theirs = F.normalize(model.encode_image(theirs), dim=1).detach()
     mean = theirs.mean(dim=0)
@@ -291,6 +292,7 @@ class Liar:
     stamps = "true"
     is_flaky = False
     is_blind = False
+    is_black = False
 
     def __init__(self, *args):
         self.real = self.Capture(*args)
@@ -311,11 +313,14 @@ class Liar:
         value = self.real.get(key)
         if key == cv2.CAP_PROP_POS_MSEC:
             stamps = {"true": value, "zero": 0.0, "jump": value % 3000, "inf": np.inf}
+            stamps |= {"sparse": 50 * value, "late": value + 20000}
             return stamps[self.stamps]
         return self.header.get(key, value)
 
     def retrieve(self):
-        """Hand on the frame."""
+        """Hand on the frame, unless told not to."""
+        if self.is_black:
+            return False, None
         return self.real.retrieve()
 
 
@@ -346,10 +351,22 @@ def test_lies(tmp_path, clip, monkeypatch, capsys, lie):
     assert [frame[:2] for frame in frames] == [(i // 8, i % 8) for i in range(24)]
 
 
-def test_codec_that_opencv_lacks(tmp_path, four, monkeypatch):
+@pytest.mark.parametrize(
+    "stamps, starts", [("sparse", [0, 5, 10, 15, 20]), ("late", [20])]
+)
+def test_sparse_and_late_frames(tmp_path, clip, monkeypatch, stamps, starts):
+    """A segment with one frame, or a first one that is not at 0, is taken for a short tail."""
+    write_video(tmp_path / "v" / "a.avi", 0.6)
+    monkeypatch.setattr(cv2, "VideoCapture", type("Lie", (Liar,), {"stamps": stamps}))
+    data = run(tmp_path / "v", tmp_path / "out.npz", clip)
+    assert data["starts"].tolist() == starts
+
+
+@pytest.mark.parametrize("lie", ["is_blind", "is_black"])
+def test_codec_that_opencv_lacks(four, monkeypatch, lie):
     """A user whose videos are AV1, of which OpenCV gives no frame, does not learn why."""
     code = cv2.VideoWriter_fourcc(*"AV01")
-    lie = {"is_blind": True, "header": {cv2.CAP_PROP_FOURCC: code}}
+    lie = {lie: True, "header": {cv2.CAP_PROP_FOURCC: code}}
     monkeypatch.setattr(cv2, "VideoCapture", type("Lie", (Liar,), lie))
     with pytest.raises(extract.BadVideo, match="AV01.*no AV1.*ffmpeg -i"):
         list(extract.decode(str(four / "a.mp4"), 5.0, 8))
@@ -362,10 +379,11 @@ def test_half_a_video_is_kept_and_named(tmp_path, clip, capsys):
     video.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
     data = run(tmp_path / "v", tmp_path / "out.npz", clip)
     assert 2 <= data["lengths"][0] <= 6 and data["lengths"][1] == 8
-    seconds = 5.0 * data["lengths"][0]
-    said = capsys.readouterr().out.splitlines()
-    kept = f"  a.mkv: kept, with {seconds} s of the 40.0 s in its header"
-    assert said == ["2 of 2 videos, %d segments; 0 failed" % sum(data["lengths"]), kept]
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "2 of 2 videos, %d segments; 0 failed" % sum(data["lengths"])
+    pattern = r"  a.mkv: kept, with (\S+) s of the 40.0 s in its header"
+    seconds = float(re.fullmatch(pattern, second).group(1))
+    assert abs(seconds - 5 * data["lengths"][0]) <= 2.5
 
 
 def damage(data, kind, rng):
@@ -430,7 +448,7 @@ def test_killed_anywhere(tmp_path, clip, four, monkeypatch):
     expected = run(four, tmp_path / "whole.npz", clip)
     out = tmp_path / "out.npz"
     replace = os.replace
-    decode = extract.decode
+    embed_video = extract.embed_video
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -438,17 +456,17 @@ def test_killed_anywhere(tmp_path, clip, four, monkeypatch):
     for n in range(6):  # stopped after n moves: of the settings, four parts, the npz
         out.unlink(missing_ok=True)
         moves = [replace] * n + [stop]
-        decoded = []
+        embedded = []
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", lambda *a, to=moves: to.pop(0)(*a))
             with pytest.raises(KeyboardInterrupt):
                 extract.main(arguments(four, out, clip))
         assert not out.exists() and len(list(tmp_path.glob("*.parts/*"))) == n
         with monkeypatch.context() as patch:
-            spy = lambda *a, to=decoded: to.append(a) or decode(*a)  # noqa: E731
-            patch.setattr(extract, "decode", spy)
+            spy = lambda *a, to=embedded: to.append(a) or embed_video(*a)  # noqa: E731
+            patch.setattr(extract, "embed_video", spy)
             assert_equal(run(four, out, clip), expected)
-        assert len(decoded) == 5 - max(n, 1)
+        assert len(embedded) == 5 - max(n, 1)
         assert files_below(tmp_path) == ["out.npz", "whole.npz"]
 
 
@@ -516,7 +534,7 @@ def test_other_settings(tmp_path, clip, four, monkeypatch, flags):
     assert {path: path.read_bytes() for path in parts.iterdir()} == before
     run(four, out, clip)  # as before: goes on
     (tmp_path / "out.npz.parts").mkdir()
-    (tmp_path / "out.npz.parts" / "settings.json").touch()  # cut by a power failure
+    (tmp_path / "out.npz.parts" / "settings.json").touch()  # cut, by a power failure
     with pytest.raises(SystemExit, match="delete the folder, or take another name"):
         extract.main(arguments(four, out, clip))
 
@@ -545,11 +563,14 @@ def test_damaged_part(tmp_path, clip, four, monkeypatch, capsys):
     path = Path(extract.part_path(str(parts), video))
     whole = path.read_bytes()
     args = str(parts), str(four / video), video
+    rng = np.random.default_rng(0)
     truth = extract.read_part(*args)
     capsys.readouterr()
-    for place in range(0, len(whole), 7):
+    directory = whole.index(b"PK\x01\x02")  # no checksum: a name or an entry gets lost
+    places = [*range(0, directory, 7), *range(directory, len(whole))]
+    for place in places:
         data = bytearray(whole)
-        data[place] ^= 0x10
+        data[place] ^= 1 << rng.integers(8)
         path.write_bytes(data)
         part = extract.read_part(*args)
         if part is None:
@@ -662,10 +683,22 @@ def test_tokenizer_name(clip, monkeypatch):
 def test_encoder_that_gives_nan(tmp_path, clip, four, monkeypatch, capsys, value):
     """Embeddings that are zero or not finite reach the npz."""
     broken = lambda images, *_: torch.full((len(images), 64), value)  # noqa: E731
-    monkeypatch.setattr(extract, "encode", broken)
+    monkeypatch.setattr(extract, "encode_images", broken)
     with pytest.raises(SystemExit, match="not written"):
         extract.main(arguments(four, tmp_path / "out.npz", clip))
     assert capsys.readouterr().out.count("zeros or non-finite numbers") == 4
+
+
+def test_frame_that_a_library_refuses(tmp_path, clip, four, monkeypatch, capsys):
+    """An error of OpenCV or Pillow on one odd video stops the run for all."""
+
+    def fail(*_):
+        raise ValueError("odd frame")
+
+    monkeypatch.setattr(extract, "shrink", fail)
+    with pytest.raises(SystemExit, match="not written"):
+        extract.main(arguments(four, tmp_path / "out.npz", clip))
+    assert capsys.readouterr().out.count("odd frame") == 4
 
 
 def test_a_bug_is_no_bad_video(tmp_path, clip, four, monkeypatch):
@@ -674,7 +707,7 @@ def test_a_bug_is_no_bad_video(tmp_path, clip, four, monkeypatch):
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(extract, "encode", fail)
+    monkeypatch.setattr(extract, "encode_images", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         extract.main(arguments(four, tmp_path / "out.npz", clip))
 
