@@ -5,7 +5,7 @@ and each is read as the caption whose text embedding is the most similar (Figure
 
     segments (n, D) --mask, LVMAE--> reconstructions (n, D)
                                           |  Eq. (4): cosine similarity
-    captions (C,) --text encoder--> (C, D) --> the nearest, and the rank of the true one
+    captions (C,) --text encoder--> (C, D) --> the nearest, and the rank of the answer
 
     python retrieve.py --captions captions.csv             # reads out.npz and lvmae.pt
     python retrieve.py --captions captions.csv --figure retrieval.png --videos videos/
@@ -16,7 +16,8 @@ and starts (C,) also the true ones). At the end stands how high the true caption
 over the videos that the model was not trained on. The last line is that of chance. It
 takes 5 seconds for 240 short videos.
 
-Shapes: C captions, each once; Q queries; n segments of a video; D as in model.py.
+Shapes: C captions, each once; Q queries; n segments of a video; D as in model.py. The
+answer of a segment is the number of its true caption, or -1 where that is not known.
 """
 
 import argparse
@@ -36,45 +37,52 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-import model as lvmae
 from extract import BadVideo, decode, encoder_name, load_encoder
-from model import number, require
+from model import (
+    MASKS,
+    check_outputs,
+    collate,
+    compare_encoders,
+    load_checkpoint,
+    load_data,
+    number,
+    pick_device,
+    replacing,
+    require,
+)
 from train import trivial_predictions
 
 # ---- Retrieval (section 3.4) -----------------------------------------------------------
 
-BLOCK = 2**27  # similarities in memory at once: half a GiB, for any number of captions
+BLOCK = (
+    128  # queries ranked at a time: half a GiB of similarities to a million captions
+)
+
+
+def compare(queries, captions):
+    """Cosine similarities (Q, C) of queries (Q, D) and captions (C, D) of unit length."""
+    return queries.to(captions) @ captions.T
 
 
 def search(queries, captions, top_k):
-    """Find the top_k captions (C, D) nearest to each of queries (Q, D), of unit length.
+    """Eq. (4): find the top_k captions (C, D) that are nearest to each query (Q, D).
 
     Returns their similarities and their numbers, both (Q, top_k), the nearest first.
     """
-    similarities = []
-    numbers = []
-    for block in queries.split(max(1, BLOCK // len(captions))):
-        similarity = block.to(captions) @ captions.T  # (q, C), Eq. (4)
-        best = similarity.topk(min(top_k, len(captions)))
-        similarities.append(best.values.cpu())
-        numbers.append(best.indices.cpu())
-    return torch.cat(similarities), torch.cat(numbers)
+    similarity = compare(queries, captions)  # (Q, C)
+    best = similarity.topk(min(top_k, len(captions)))
+    return best.values.cpu(), best.indices.cpu()
 
 
-def rank_captions(queries, captions, truth):
-    """Rank caption truth[q] among captions (C, D) for each of queries (Q, D) -> (Q,).
+def rank_captions(queries, captions, answers):
+    """Rank caption answers[q] among captions (C, D) for each of queries (Q, D) -> (Q,).
 
     1 is the best. Another caption that is just as similar counts as better: captions that
     all look alike must not pass for a success.
     """
-    ranks = []
-    size = max(1, BLOCK // len(captions))
-    for block, true in zip(queries.split(size), truth.split(size), strict=True):
-        similarity = block.to(captions) @ captions.T  # (q, C), Eq. (4)
-        of_true = similarity.gather(1, true[:, None].to(captions.device))  # (q, 1)
-        rank = (similarity >= of_true).sum(1, dtype=torch.int32)  # (q,)
-        ranks.append(rank.cpu())
-    return torch.cat(ranks)
+    similarity = compare(queries, captions)  # (Q, C)
+    limit = similarity.gather(1, answers[:, None].to(captions.device))  # (Q, 1)
+    return (similarity >= limit).sum(1, dtype=torch.int32).cpu()
 
 
 def to_unit_length(embeddings, source):
@@ -90,48 +98,52 @@ def to_unit_length(embeddings, source):
 
 @torch.no_grad()
 def reconstruct(model, data, v, args, device):
-    """Mask video v and rebuild it -> is_masked (n,), {name: embeddings (n, D)}."""
-    embeddings, lengths = lvmae.collate([data.embeddings[v]])  # (1, n, D), (1,)
-    mask = lvmae.MASKS[args.mask]
+    """Mask video v and rebuild it -> is_masked (n,), {name: queries (n, D)}."""
+    embeddings, lengths = collate([data.embeddings[v]])  # (1, n, D), (1,)
+    mask = MASKS[args.mask]
     generator = torch.Generator().manual_seed(args.seed + v)  # whatever else is scored
     is_masked = mask(embeddings, lengths, args.mask_ratio, generator)  # (1, n)
     _, predictions = model(embeddings.to(device), lengths, is_masked)  # (1, n, D)
 
     guesses = {"true": embeddings, "reconstructed": predictions.cpu()}
     guesses |= trivial_predictions(embeddings, lengths, is_masked)
-    rebuilt = {}
+    queries = {}
     for name, guess in guesses.items():
         source = f"{args.ckpt}: {name} embeddings of {data.videos[v]}"
-        rebuilt[name] = to_unit_length(guess[0], source)  # (n, D)
-    return is_masked[0], rebuilt
+        queries[name] = to_unit_length(guess[0], source)  # (n, D)
+    return is_masked[0], queries
 
 
 def rank_masked(model, data, videos, captions, args, device):
-    """Rank the true captions of all Q masked segments of videos -> {name: ranks (Q,)}.
+    """Rank the answers of all Q masked segments of videos -> {name: ranks (Q,)}.
 
-    Segments without a true caption do not count. Where there is no true caption at all,
-    the one that the true embedding retrieves takes its place.
+    Segments without an answer do not count. Where no answer is known at all, the caption
+    that the true embedding retrieves is the answer.
     """
-    truth = []
+    answers = []
     queries = defaultdict(list)
     for v in tqdm(videos, "videos", leave=False, disable=None):
-        is_masked, rebuilt = reconstruct(model, data, v, args, device)
-        true = captions.truth[v]  # (n,)
-        if not captions.has_truth:
-            _, nearest = search(rebuilt["true"], captions.embeddings, 1)  # (n, 1)
-            true = nearest[:, 0]
-        is_scored = is_masked & (true >= 0)
-        truth.append(true[is_scored])
-        for name, embeddings in rebuilt.items():
+        is_scored, of_video = reconstruct(model, data, v, args, device)
+        if captions.has_answers:
+            is_scored = is_scored & (captions.answers[v] >= 0)  # (n,)
+        answers.append(captions.answers[v][is_scored])
+        for name, embeddings in of_video.items():
             queries[name].append(embeddings[is_scored])
 
-    truth = torch.cat(truth)  # (Q,)
+    answers = torch.cat(answers)  # (Q,)
+    queries = {name: torch.cat(parts) for name, parts in queries.items()}  # (Q, D) each
     message = f"{args.captions}: no caption of what is masked in {len(videos)} videos"
-    require(len(truth), message)
-    ranks = {}
-    for name, embeddings in queries.items():
-        embeddings = torch.cat(embeddings)  # (Q, D)
-        ranks[name] = rank_captions(embeddings, captions.embeddings, truth)
+    require(len(answers), message)
+
+    ranks = {name: torch.zeros(len(answers), dtype=torch.int32) for name in queries}
+    for block in torch.arange(len(answers)).split(BLOCK):  # (q,)
+        answer = answers[block]
+        if not captions.has_answers:
+            _, nearest = search(queries["true"][block], captions.embeddings, 1)
+            answer = nearest[:, 0]  # (q,)
+        for name, embeddings in queries.items():
+            rank = rank_captions(embeddings[block], captions.embeddings, answer)
+            ranks[name][block] = rank
     ranks["chance"] = torch.arange(1, len(captions.texts) + 1)
     return ranks
 
@@ -152,35 +164,31 @@ def score(ranks):
 
 # ---- Table and figure ------------------------------------------------------------------
 
-COLOURS = ["black", "#1a5fb4", "#c01c28"]  # of the three texts
-RED = COLOURS[2]
-GREY = (230, 230, 230)
+RED = "#c01c28"
+GREY = "#e6e6e6"
+# The texts of a segment, and the colours of these in the figure.
+COLOURS = {"true caption": "black", "true embedding": "#1a5fb4", "reconstruction": RED}
 
 
 @dataclass
 class Segment:
-    """What is shown of a segment; a text may have several lines."""
+    """What is shown of a segment."""
 
     start: float  # seconds
     is_masked: bool
-    caption: str = ""  # the true one, if it is known
-    true: str = ""  # what the true embedding is read as
-    reconstruction: str = ""  # what the reconstruction is read as, where it is masked
+    texts: dict  # for each of COLOURS, what is read there: lines, or '' for nothing
 
     def time(self):
         return f"{int(self.start) // 60}:{int(self.start) % 60:02}"
 
-    def texts(self):
-        return [self.caption, self.true, self.reconstruction]
 
-
-def read_embedding(embedding, captions, top_k, truth=-1):
-    """Read an embedding (D,) as its nearest captions, one a line; caption truth is 'same'."""
+def read_embedding(embedding, captions, top_k, known=""):
+    """Read an embedding (D,) as its nearest captions, one a line, 'same' for a known one."""
     similarities, numbers = search(embedding[None], captions.embeddings, top_k)
     lines = []
     for similarity, c in zip(similarities[0], numbers[0].tolist(), strict=True):
         text = captions.texts[c]
-        if c == truth:
+        if text == known:
             text = "same"
         lines.append(f"{similarity:.2f} {text}")
     return "\n".join(lines)
@@ -188,20 +196,23 @@ def read_embedding(embedding, captions, top_k, truth=-1):
 
 def read_video(model, data, v, captions, args, device):
     """Read the segments in the middle of video v -> list of Segment."""
-    is_masked, rebuilt = reconstruct(model, data, v, args, device)
+    is_masked, queries = reconstruct(model, data, v, args, device)
     n = len(is_masked)
     first = max(0, n - args.show) // 2
     segments = []
     for i in range(first, min(n, first + args.show)):
-        segment = Segment(data.starts[v][i].item(), is_masked[i].item())
-        truth = captions.truth[v][i].item()
-        if truth >= 0:
-            segment.caption = captions.texts[truth]
-        embedding = rebuilt["true"][i]  # (D,)
-        segment.true = read_embedding(embedding, captions, args.top_k, truth)
-        if segment.is_masked:
-            embedding = rebuilt["reconstructed"][i]
-            segment.reconstruction = read_embedding(embedding, captions, args.top_k)
+        texts = dict.fromkeys(COLOURS, "")
+        caption = ""
+        answer = captions.answers[v][i]
+        if answer >= 0:
+            caption = captions.texts[answer]
+        texts["true caption"] = caption
+        nearest = read_embedding(queries["true"][i], captions, args.top_k, caption)
+        texts["true embedding"] = nearest
+        if is_masked[i]:
+            nearest = read_embedding(queries["reconstructed"][i], captions, args.top_k)
+            texts["reconstruction"] = nearest
+        segment = Segment(data.starts[v][i].item(), is_masked[i].item(), texts)
         segments.append(segment)
     return segments
 
@@ -217,9 +228,13 @@ def wrap(text, width):
 def print_table(name, segments):
     """Print the segments of a video in columns, wrapped where wider than 34."""
     print(f"{name}, ▒ is masked\n")
-    rows = [["time", "", "true caption", "true embedding", "reconstruction"]]
+    rows = [["time", "", *COLOURS]]
     for segment in segments:
-        rows.append([segment.time(), "▒" * segment.is_masked, *segment.texts()])
+        mark = ""
+        if segment.is_masked:
+            mark = "▒"
+        texts = [segment.texts[heading] for heading in COLOURS]
+        rows.append([segment.time(), mark, *texts])
     widths = []
     for column in zip(*rows, strict=True):
         lines = "\n".join(column).splitlines()
@@ -240,8 +255,8 @@ def draw_figure(name, segments, frames):
     captions = []
     for segment in segments:
         lines = []
-        for colour, text in zip(COLOURS, segment.texts(), strict=True):
-            lines += [(colour, line) for line in wrap(text, 31)]
+        for heading, text in segment.texts.items():
+            lines += [(COLOURS[heading], line) for line in wrap(text, 31)]
         captions.append(lines)
 
     above = 8 + 18 * max(map(len, captions))  # pixels above the top of a frame
@@ -250,14 +265,18 @@ def draw_figure(name, segments, frames):
     figure = Image.new("RGB", (1000, 40 + n_rows * height), "white")
     draw = ImageDraw.Draw(figure)
     draw.text((8, 10), name, "black", font)
-    draw.text((504, 10), "true caption", COLOURS[0], font)
-    draw.text((624, 10), "true embedding", COLOURS[1], font)
-    draw.text((764, 10), "reconstruction", COLOURS[2], font)
+    x = 504
+    for heading, colour in COLOURS.items():
+        draw.text((x, 10), heading, colour, font)
+        x += 28 + font.getlength(heading)
+
     for i, segment in enumerate(segments):
         x = 8 + 248 * (i % 4)
         y = 40 + height * (i // 4) + above
-        for j, (colour, line) in enumerate(reversed(captions[i])):
-            draw.text((x, y - 22 - 18 * j), line, colour, font)
+        y_line = y - 4 - 18 * len(captions[i])  # the last line ends above the frame
+        for colour, line in captions[i]:
+            draw.text((x, y_line), line, colour, font)
+            y_line += 18
 
         figure.paste(frames[i], (x, y))
         label = segment.time()
@@ -275,15 +294,21 @@ def read_frames(path, data, segments):
     """Read the frame in the middle of each segment -> list of images, 240 x 160."""
     seconds = float(data.meta.get("segment_seconds", 5))
     places = [round(segment.start / seconds) for segment in segments]
-    frames = {place: Image.new("RGB", (240, 160), GREY) for place in places}
+    images = {}
     try:
-        for place, _, frame in decode(path, seconds, 2):
-            if place in frames:  # of two frames, the second is in the middle, and stays
+        for place, slot, frame in decode(path, seconds, frames_per_segment=2):
+            if place in places:
                 image = Image.fromarray(frame)
-                frames[place] = ImageOps.pad(image, (240, 160), color=GREY)
+                images[place, slot] = ImageOps.pad(image, (240, 160), color=GREY)
     except BadVideo as error:
         raise SystemExit(f"{path}: {error}") from None
-    return [frames[place] for place in places]
+
+    frames = []
+    blank = Image.new("RGB", (240, 160), GREY)
+    for place in places:
+        first = images.get((place, 0), blank)  # of a short segment, it is the only one
+        frames.append(images.get((place, 1), first))  # slot 1 begins in the middle
+    return frames
 
 
 # ---- Captions --------------------------------------------------------------------------
@@ -295,39 +320,45 @@ class Captions:
 
     texts: list
     embeddings: torch.Tensor  # (C, D) of unit length
-    truth: list  # number of the true caption, (n,) of each video; -1: not known
-    has_truth: bool  # whether any is known
+    answers: list  # (n,) of each video, number of the true caption; -1: not known
+    has_answers: bool  # whether any is known
 
 
 def read_captions(path, data, device):
     """Read captions, embed them, and find the segments of `data` that they are true of."""
     texts, segments, embeddings = read_file(path, data)
-    number_of = {}  # each caption once,
-    rows = []  # from the first of its rows
+
+    # Number the captions, each once.
+    number_of = {}  # {caption: its number}
+    rows = []  # of each caption, the first in the file
     for row, text in enumerate(texts):
         if text and text not in number_of:
-            number_of[text] = len(number_of)
+            number_of[text] = len(rows)
             rows.append(row)
     require(rows, f"{path}: found no caption, expected some")
 
-    caption_of = dict(zip(segments, texts, strict=len(segments) > 0))
-    require(len(caption_of) == len(segments), f"{path}: a segment is there twice")
-    truth = []
+    # Find the answer of each segment.
+    answer_of = {}
+    for row, segment in enumerate(segments):
+        answer_of[segment] = number_of.get(texts[row], -1)
+    require(len(answer_of) == len(segments), f"{path}: a segment is there twice")
+    answers = []
     for video, starts in zip(data.videos, data.starts, strict=True):
-        true = [caption_of.get((video, tenth(start))) for start in starts]
-        truth.append(torch.tensor([number_of.get(text, -1) for text in true]))
-    has_truth = bool((torch.cat(truth) >= 0).any())
+        found = [answer_of.get((video, tenth(start)), -1) for start in starts]
+        answers.append(torch.tensor(found))  # (n,)
+    has_answers = torch.cat(answers).max().item() >= 0
     example = f"{data.videos[0]} at {data.starts[0][0]:.1f} s"
     message = f"{path}: no caption of a segment of {data.path}, such as {example}"
-    require(has_truth or not segments, message)
+    require(has_answers or not segments, message)
 
-    texts = list(number_of)
+    # Embed them, unless the file did.
+    captions = list(number_of)
     if embeddings is None:
-        embeddings = embed_captions(texts, data, device)  # (C, D)
+        embeddings = embed_captions(captions, data, device)  # (C, D)
     else:
         embeddings = embeddings[rows].to(device)  # (C, D)
     embeddings = to_unit_length(embeddings, path)
-    return Captions(texts, embeddings, truth, has_truth)
+    return Captions(captions, embeddings, answers, has_answers)
 
 
 def read_file(path, data):
@@ -335,8 +366,6 @@ def read_file(path, data):
 
     A segment is (video, tenth of a second); a .txt knows none.
     """
-    is_known = path.endswith((".txt", ".csv", ".npz"))
-    require(is_known, f"{path}: expected a name that ends in .txt, .csv or .npz")
     segments = []
     embeddings = None
     try:
@@ -350,7 +379,7 @@ def read_file(path, data):
             texts = [row["caption"] or "" for row in rows]
             segments = [(row["video"], tenth(row["start"])) for row in rows]
 
-        else:
+        elif path.endswith(".npz"):
             with np.load(path, allow_pickle=False) as file:
                 texts = file["captions"].tolist()
                 embeddings = torch.from_numpy(file["embeddings"])
@@ -358,9 +387,12 @@ def read_file(path, data):
                 if "videos" in file:
                     tenths = map(tenth, file["starts"])
                     segments = list(zip(file["videos"].tolist(), tenths, strict=True))
+
+        else:
+            raise ValueError("another ending")
         texts = [" ".join(text.split()) for text in texts]
     except Exception as error:
-        expected = "lines, video,start,caption (.csv) or captions, embeddings (.npz)"
+        expected = ".txt lines, .csv video,start,caption or .npz captions, embeddings"
         raise SystemExit(f"{path}: found {error!r:.200}, expected {expected}") from None
 
     n = len(segments)
@@ -369,10 +401,7 @@ def read_file(path, data):
         found = tuple(embeddings.shape)
         expected = (len(texts), data.embeddings[0].shape[1])
         require(found == expected, f"{path}: embeddings {found}, expected {expected}")
-        if meta:
-            lvmae.compare_encoders(path, meta, data.path, data.meta)
-        else:
-            print(f"{path} does not say which encoder made it", file=sys.stderr)
+        compare_encoders(path, meta, data.path, data.meta)
     return texts, segments, embeddings
 
 
@@ -385,16 +414,21 @@ def tenth(start):
 def embed_captions(texts, data, device):
     """Embed captions with the text tower of the encoder of `data` -> (C, D)."""
     name = data.meta.get("model", "")
+    advice = "or give --captions FILE.npz, with captions and embeddings"
     try:
         clip, _ = load_encoder(name, data.meta.get("pretrained", ""), device)
         tokenize = open_clip.get_tokenizer(encoder_name(name))
     except (SystemExit, Exception) as error:
-        advice = "or give --captions FILE.npz, with captions and embeddings"
         raise SystemExit(f"{data.path}: its text tower: {error}; {advice}") from None
+    D = data.embeddings[0].shape[1]
     embeddings = []
     for i in tqdm(range(0, len(texts), 256), "captions", leave=False, disable=None):
         tokens = tokenize(texts[i : i + 256]).to(device)
-        embeddings.append(clip.encode_text(tokens).float())
+        embedding = clip.encode_text(tokens).float()  # (b, D)
+        found = embedding.shape[1]
+        message = f"{data.path}: its text tower: found size {found}, expected {D}"
+        require(found == D, f"{message}; {advice}")
+        embeddings.append(embedding)
     return torch.cat(embeddings)
 
 
@@ -415,7 +449,7 @@ def get_args(argv=None):
     add("--captions", default="captions.csv", help=".txt, .csv or .npz")
     add("--json", metavar="FILE", help="also write the scores to this .json")
     # What is masked
-    add("--mask", choices=lvmae.MASKS, help="strategy; None: as in training")
+    add("--mask", choices=MASKS, help="strategy; None: as in training")
     add("--mask-ratio", type=share, help="share of a video; None: as in training")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of random masks")
     # What is shown
@@ -433,7 +467,7 @@ def choose_masks(checkpoint, args):
     training = checkpoint.get("args", {})
     args.mask = args.mask or training.get("mask")
     args.mask_ratio = args.mask_ratio or training.get("mask_ratio")
-    is_known = args.mask in lvmae.MASKS and args.mask_ratio is not None
+    is_known = args.mask in MASKS and args.mask_ratio is not None
     require(is_known, f"{args.ckpt}: masks not known: give --mask and --mask-ratio")
 
 
@@ -456,15 +490,14 @@ def main(args):
     sys.stdout.reconfigure(errors="replace")  # captions the terminal cannot show
 
     # Files
-    outputs = {}
+    inputs = [args.data, args.ckpt, args.captions]
     if args.json:
-        outputs[args.json] = ".json"
+        check_outputs({args.json: ".json"}, inputs)
     if args.figure:
-        outputs[args.figure] = ".png"
-    lvmae.check_outputs(outputs, [args.data, args.ckpt, args.captions])
-    device = lvmae.pick_device(args.device)
-    data = lvmae.load_data(args.data)
-    model, checkpoint = lvmae.load_checkpoint(args.ckpt, data, device)
+        check_outputs({args.figure: ".png"}, inputs)
+    device = pick_device(args.device)
+    data = load_data(args.data)
+    model, checkpoint = load_checkpoint(args.ckpt, data, device)
 
     # Masks and videos
     choose_masks(checkpoint, args)
@@ -491,7 +524,7 @@ def main(args):
             figures.append(draw_figure(name, segments, frames))
     if args.figure:
         figure = Image.fromarray(np.concatenate(figures))
-        with lvmae.replacing(args.figure) as file:
+        with replacing(args.figure) as file:
             figure.quantize().save(file, "PNG")  # 256 colours: a third of the file
 
     # Score
@@ -499,7 +532,7 @@ def main(args):
     n = len(ranks["true"])
     C = len(captions.texts)
     what = "caption that the true embedding retrieves"
-    if captions.has_truth:
+    if captions.has_answers:
         what = "true caption"
     masks = f"{n:,} masked segments ({args.mask}, {args.mask_ratio:.0%})"
     print(f"scored: {len(scored):,} of {len(data.videos):,} videos, {note}")
@@ -508,7 +541,7 @@ def main(args):
     scores |= {"mask": args.mask, "mask_ratio": args.mask_ratio}
     scores |= score(ranks)
     if args.json:
-        with lvmae.replacing(args.json) as file:
+        with replacing(args.json) as file:
             file.write(json.dumps(scores, indent=1).encode())
 
 

@@ -107,7 +107,7 @@ def use_network(monkeypatch, network, **checkpoint):
     """Let retrieve.py read `network` in place of the checkpoint."""
     found = {"args": {"mask": "random", "mask_ratio": 0.4}, "videos": []} | checkpoint
     load = lambda *args: (network, found)  # noqa: E731
-    monkeypatch.setattr(retrieve.lvmae, "load_checkpoint", load)
+    monkeypatch.setattr(retrieve, "load_checkpoint", load)
 
 
 def change_checkpoint(world, tmp_path, **changes):
@@ -123,26 +123,44 @@ def change_checkpoint(world, tmp_path, **changes):
 # ---- Eq. (4) and ranks -----------------------------------------------------------------
 
 
-def test_search_and_rank_equal_sorting_all_similarities(monkeypatch):
-    """Catches borders of blocks that shift queries, and a wrong order or rank."""
+def test_search_and_rank_equal_sorting_all_similarities():
+    """Catches a wrong order or rank."""
     torch.manual_seed(0)
     queries = F.normalize(torch.randn(110, 8), dim=1)
     captions = F.normalize(torch.randn(500, 8), dim=1)
-    truth = torch.randint(500, (110,))
+    answers = torch.randint(500, (110,))
     similarity = queries.double() @ captions.double().T
     order = similarity.argsort(dim=1, descending=True)
 
-    of_true = similarity.gather(1, truth[:, None])
-    low = 1 + (similarity > of_true + 2e-6).sum(1)  # nearer than this may be a tie
-    high = (similarity >= of_true - 2e-6).sum(1)
-    for block in (1, 7 * 500, 2**27):  # similarities in memory
+    values, numbers = retrieve.search(queries, captions, 3)
+    assert torch.equal(numbers, order[:, :3])
+    expected = similarity.gather(1, order[:, :3])
+    assert torch.allclose(values.double(), expected, atol=1e-6)
+
+    limit = similarity.gather(1, answers[:, None])
+    low = 1 + (similarity > limit + 2e-6).sum(1)  # nearer than this may be a tie
+    high = (similarity >= limit - 2e-6).sum(1)
+    rank = retrieve.rank_captions(queries, captions, answers)
+    assert rank.shape == (110,) and (low <= rank).all() and (rank <= high).all()
+
+
+@pytest.mark.parametrize("captions", ["captions.csv", "captions.txt"])
+def test_ranks_do_not_depend_on_blocks(world, capsys, monkeypatch, captions):
+    """Catches borders of blocks that shift queries, and memory for all of them at once."""
+    expected, _ = run(world, capsys, f"--captions={world / captions}")
+    assert expected["n"] == 21
+    sizes = []
+
+    def compare(queries, captions, compare=retrieve.compare):
+        sizes.append(len(queries))
+        return compare(queries, captions)
+
+    monkeypatch.setattr(retrieve, "compare", compare)
+    for block in (1, 4, 21):
         monkeypatch.setattr(retrieve, "BLOCK", block)
-        values, numbers = retrieve.search(queries, captions, 3)
-        assert torch.equal(numbers, order[:, :3])
-        expected = similarity.gather(1, order[:, :3])
-        assert torch.allclose(values.double(), expected, atol=1e-6)
-        rank = retrieve.rank_captions(queries, captions, truth)
-        assert rank.shape == (110,) and (low <= rank).all() and (rank <= high).all()
+        sizes.clear()
+        found, _ = run(world, capsys, f"--captions={world / captions}")
+        assert found == expected and max(sizes) == block
 
 
 def test_rounding_does_not_rank_a_caption_above_itself():
@@ -208,7 +226,7 @@ def test_captions_count_once(world, tmp_path):
     text = "\ufeffb  b\r\na\r\n\r\nb b\r\nа\r\n"  # the last letter is Cyrillic
     Path(path).write_bytes(text.encode())
     captions = retrieve.read_captions(path, data, CPU)
-    assert captions.texts == ["b b", "a", "а"] and not captions.has_truth
+    assert captions.texts == ["b b", "a", "а"] and not captions.has_answers
 
     vectors = torch.randn(4, 32)
     path = str(tmp_path / "captions.npz")
@@ -232,10 +250,10 @@ a/v2.avi,0,
     Path(path).write_text(text)
     captions = retrieve.read_captions(path, data, CPU)
     assert captions.texts == ["one, two", "three", "four"]
-    assert [len(true) for true in captions.truth] == LENGTHS
-    assert captions.truth[0].tolist() == [-1, -1, 2]
-    assert captions.truth[1].tolist() == [-1, 0] + 18 * [-1]
-    assert (torch.cat(captions.truth) >= 0).sum() == 2
+    assert [len(answers) for answers in captions.answers] == LENGTHS
+    assert captions.answers[0].tolist() == [-1, -1, 2]
+    assert captions.answers[1].tolist() == [-1, 0] + 18 * [-1]
+    assert (torch.cat(captions.answers) >= 0).sum() == 2
 
 
 def test_npz_with_segments_equals_csv(world, tmp_path, capsys):
@@ -269,7 +287,7 @@ def test_npz_with_segments_equals_csv(world, tmp_path, capsys):
         ("x.csv", "video,start,caption\nb/v1.avi,0,a\nb/v1.avi,0.0,b\n", "twice"),
         ("x.txt", "\n \n", "no caption"),
         ("x.txt", b"\xff\xfe\x00", "utf-8"),
-        ("x.npz", "text", "captions, embeddings (.npz)"),
+        ("x.npz", "text", ".npz captions, embeddings"),
         ("x.npz", {"captions": ["a"]}, "embeddings"),
         ("x.npz", {"captions": [1.5], "embeddings": np.ones((1, 32))}, "float"),
         ("x.npz", {"captions": ["a"], "embeddings": np.ones((1, 5))}, "(1, 32)"),
@@ -307,7 +325,7 @@ def test_bad_captions_are_one_line(world, tmp_path, name, content, words):
 @pytest.mark.parametrize(
     ("meta", "words"),
     [
-        (None, "does not say which encoder"),
+        (None, "model unknown"),
         ({"model": "other", "pretrained": ""}, "other"),
         ("same", ""),
     ],
@@ -349,10 +367,20 @@ def test_no_text_tower_points_to_npz(world, monkeypatch, meta):
     assert "out.npz" in line and "--captions FILE.npz" in line
 
 
+def test_a_text_tower_of_another_size_is_one_line(world):
+    """Catches a traceback where `model` in meta is not what made the embeddings."""
+    data = model.load_data(world / "out.npz")
+    wider = [F.pad(video, (0, 8)) for video in data.embeddings]
+    data = replace(data, embeddings=wider)
+    path = str(world / "captions.txt")
+    line = error_of(retrieve.read_captions, path, data, CPU)
+    assert "out.npz" in line and "size 32, expected 40" in line and ".npz" in line
+
+
 # ---- Masks and videos ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", ["random", "semantic"])
+@pytest.mark.parametrize("mask", model.MASKS)
 def test_reconstructions_stand_at_their_segments(world, mask):
     """Catches masks of a wrong size, and predictions for other masks or segments."""
     data = model.load_data(world / "out.npz")
@@ -502,8 +530,10 @@ def test_table_wraps_and_keeps_every_word(capsys):
     """Catches lines that are too wide for a screen, and captions that are cut."""
     words = " ".join(f"word{i}" for i in range(30))
     true = f"0.93 {words}\n0.91 {words}"
-    masked = retrieve.Segment(0.0, True, words, true, f"0.90 {words}")
-    visible = retrieve.Segment(3595.0, False)
+    texts = [words, true, f"0.90 {words}"]
+    texts = dict(zip(retrieve.COLOURS, texts, strict=True))
+    masked = retrieve.Segment(0.0, True, texts)
+    visible = retrieve.Segment(3595.0, False, dict.fromkeys(texts, ""))
     retrieve.print_table("a.mp4", [masked, visible])
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 120 and "59:55" in text
@@ -511,12 +541,12 @@ def test_table_wraps_and_keeps_every_word(capsys):
         assert text.count(f"word{i} ") + text.count(f"word{i}\n") == 4
 
 
-def write_video(path):
-    """Nine segments of 2.5 s: a white frame, then nine of a grey of 20 x segment."""
+def write_video(path, n_frames=90):
+    """Segments of 2.5 s: a white frame, then nine of a grey of 20 x segment."""
     os.makedirs(path.parent)
     codec = cv2.VideoWriter_fourcc(*"MJPG")
     video = cv2.VideoWriter(str(path), codec, 4, (96, 64))
-    for frame in range(90):
+    for frame in range(n_frames):
         grey = 20 * (frame // 10)
         if frame % 10 == 0:
             grey = 255
@@ -542,6 +572,17 @@ def test_figure_shows_frames_and_marks_the_masked(world, tmp_path, capsys):
     lines = [line for line in text.splitlines() if line[:1].isdigit()][:8]
     assert is_red == ["▒" in line for line in lines]
     assert any(is_red) and not all(is_red)
+
+
+def test_frames_of_a_short_and_of_a_missing_segment(world, tmp_path):
+    """Catches an empty picture where a segment ends before its middle, or a crash."""
+    write_video(tmp_path / "b/short.avi", 4)  # 1 s: a white frame, and three of black
+    data = model.load_data(world / "out.npz")
+    segments = [retrieve.Segment(start, False, {}) for start in (0.0, 2.5)]
+    path = str(tmp_path / "b/short.avi")
+    first, missing = retrieve.read_frames(path, data, segments)
+    assert np.asarray(first).mean() > 250
+    assert (np.asarray(missing) == 230).all()
 
 
 @pytest.mark.parametrize(
