@@ -265,22 +265,39 @@ class VideoReader:
 ARRAYS = ("embeddings", "lengths", "videos", "starts", "labels")  # of the npz
 
 
-def check_settings(folder, meta):
-    """Make the folder of parts, or see that the parts in it were made as `meta` says."""
+def check_settings(folder, settings):
+    """Make the folder of parts, or see that the parts in it were made with `settings`."""
     path = os.path.join(folder, "settings.json")
-    os.makedirs(folder, exist_ok=True)
-    if not os.path.exists(path):
-        with replacing(path) as file:
-            file.write(json.dumps(meta).encode())
     try:
+        os.makedirs(folder, exist_ok=True)
+        if not os.path.exists(path):
+            with replacing(path) as file:
+                file.write(json.dumps(settings).encode())
         with open(path) as file:
             found = json.load(file)
+    except OSError as error:
+        raise SystemExit(
+            f"{path}: found {error}, expected to read or write it"
+        ) from None
     except ValueError:  # cut, by a power failure
         found = {}
-    for key, value in meta.items():
+    for key, value in settings.items():
         message = f"{path}: found {key} {found.get(key)}, expected {value}"
         advice = "delete the folder, or take another name for the npz"
         require(found.get(key) == value, f"{message}: {advice}")
+
+
+def weights_on_disk(args):
+    """Size and time of the weights that are given as files: other ones are told by it."""
+    files = [args.pretrained]
+    if os.path.isdir(args.model):
+        files = sorted(os.scandir(args.model), key=lambda file: file.name)
+    states = []
+    for file in files:
+        if os.path.isfile(file):
+            stat = os.stat(file)
+            states.append([stat.st_size, stat.st_mtime_ns])
+    return states
 
 
 def part_path(folder, video):
@@ -403,7 +420,7 @@ def main(args):
     device = pick_device(args.device)
     clip, preprocess = load_encoder(args.model, args.pretrained, device)
     folder = f"{args.out}.parts"
-    check_settings(folder, meta)
+    check_settings(folder, {**meta, "weights": weights_on_disk(args)})
     for i in tqdm(range(rank, len(videos), world), unit="video"):
         if read_part(folder, paths[i], videos[i]) is None:
             result = make_result(paths[i], videos[i], clip, preprocess, args)

@@ -25,6 +25,7 @@ import csv
 import json
 import math
 import statistics
+import sys
 from collections import Counter
 from dataclasses import dataclass
 
@@ -364,7 +365,8 @@ def run(Head, features, targets, split, args, device):
     if are_numbers(targets):
         # Numbers are learned with mean 0 and deviation 1, and scored in their own unit.
         scale = targets[train].std().item()
-        targets = (targets - targets[train].mean()) / scale
+        require(scale > 0, f"{args.labels}: all numbers to train on are the same")
+        targets = ((targets - targets[train].mean()) / scale).float()
 
     head = fit(Head, features, targets, train, split["val"], args, device)
     error, _ = evaluate(head, features, targets, split["test"], device)
@@ -413,7 +415,10 @@ def read_labels(path, data):
 
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            for row in csv.DictReader(file):
+            reader = csv.DictReader(file)
+            unknown = set(reader.fieldnames or []) - {"video", "label", "split"}
+            require(not unknown, f"{path}: found columns {unknown}")  # a split, perhaps
+            for row in reader:
                 part = row.get("split") or "train"
                 rows.append((row["video"], row["label"], part))
     except Exception as error:
@@ -476,11 +481,11 @@ def drop_untrained(labelled):
 def make_targets(labelled, n_videos, args):
     """Turn labels into a tensor: numbers (V, 1), or classes as one-hot rows (V, C)."""
     if args.regression:
-        targets = torch.zeros(n_videos, 1)
+        targets = torch.zeros(n_videos, 1, dtype=torch.double)  # views may be billions
         for i, (label, _) in labelled.items():
             try:
                 targets[i] = float(label)
-            except (ValueError, RuntimeError):  # RuntimeError: too large
+            except ValueError:
                 raise SystemExit(f"{args.labels}: {label}, expected a number") from None
         require(targets.isfinite().all(), f"{args.labels}: a number is not finite")
         return targets
@@ -556,9 +561,11 @@ def get_args(argv=None):
 
     # Training
     parser.add_argument("--runs", type=number(int, 1), default=3, help="each a seed")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="the first seed")
+    seed = number(int, 0, 2**31)
+    parser.add_argument("--seed", type=seed, default=0, help="the first seed")
     parser.add_argument("--epochs", type=number(int, 1), help="None: of Table 6 or 7")
-    parser.add_argument("--lr", type=number(float, 1e-9), help="None: of Table 6 or 7")
+    rate = number(float, 1e-9, 100)
+    parser.add_argument("--lr", type=rate, help="None: of Table 6 or 7")
     share = number(float, 0, 0.5)
     share_help = "cut off train if labels name no val; 0: none, keep the last epoch"
     parser.add_argument("--val-share", type=share, default=0.2, help=share_help)
@@ -571,6 +578,7 @@ def get_args(argv=None):
 
 def main(args):
     """Read the labels, compute the features, fill the table row by row."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of videos hold anything
     if args.json:
         check_outputs({args.json: ".json"}, [args.data, args.ckpt, args.labels])
     device = pick_device(args.device)

@@ -398,6 +398,8 @@ def read_file(path, data):
     n = len(segments)
     require(n in (0, len(texts)), f"{path}: {n} videos, expected {len(texts)}")
     if embeddings is not None:
+        is_right = embeddings.is_floating_point()
+        require(is_right, f"{path}: embeddings of {embeddings.dtype}, expected floats")
         found = tuple(embeddings.shape)
         expected = (len(texts), data.embeddings[0].shape[1])
         require(found == expected, f"{path}: embeddings {found}, expected {expected}")

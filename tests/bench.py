@@ -143,13 +143,15 @@ def bench_extract(args):
 
             begin = clock()
             for _, images in batches:
-                extract.encode(images, clip)
+                extract.encode_images(images, clip)
             costs["encode"].append(clock() - begin)
 
             del frames, batches
             begin = clock()
             for video in videos:
-                extract.embed_video(video, clip, preprocess, 5.0, 8)
+                extract.embed_video(
+                    extract.VideoReader(video), clip, preprocess, 5.0, 8
+                )
             costs["extract"].append(clock() - begin)
 
     best = {name: np.min(cost, axis=0) for name, cost in costs.items()}

@@ -539,6 +539,17 @@ def test_other_settings(tmp_path, clip, four, monkeypatch, flags):
         extract.main(arguments(four, out, clip))
 
 
+def test_other_weights_in_the_same_folder(tmp_path, clip, four, monkeypatch):
+    """Parts of two encoders, one put in the place of the other, end in one npz."""
+    folder = shutil.copytree(clip, tmp_path / "clip")
+    stop_before_the_end(four, tmp_path / "out.npz", folder, monkeypatch)
+    weights = folder / "open_clip_model.safetensors"
+    stamp = os.path.getmtime(weights) + 9
+    os.utime(weights, (stamp, stamp))
+    with pytest.raises(SystemExit, match="found weights .*delete the folder"):
+        extract.main(arguments(four, tmp_path / "out.npz", folder))
+
+
 def test_changed_video(tmp_path, clip, four, monkeypatch, capsys):
     """The part of an older state of a video ends in the npz."""
     videos = shutil.copytree(four, tmp_path / "v")

@@ -160,7 +160,7 @@ def test_numbers_must_be_numbers(tmp_path, monkeypatch):
     """Catches a table of NaN, or of a word taken for a number."""
     monkeypatch.chdir(tmp_path)
     write_npz("out.npz", [f"{i}.mp4" for i in range(20)])
-    for word in ("nan", "inf", "1e99", "many"):
+    for word in ("nan", "inf", "1e999", "many"):
         rows = [f"{i},{i}" for i in range(1, 20)]
         path = write_csv(Path("l.csv"), [f"0,{word}", *rows], "video,label")
         assert "l.csv" in error_of("--labels", path, "--regression")
@@ -642,3 +642,27 @@ def test_wrong_inputs_end_in_one_line(tmp_path, monkeypatch):
     assert "lvmae.pt" in error_of("--runs", 1)
     write_checkpoint("lvmae.pt", dim=32)
     assert "32" in error_of("--runs", 1)
+
+
+def test_a_column_of_another_name_is_refused(tmp_path, monkeypatch):
+    """Catches a column Split that is ignored, and a random split in its place."""
+    monkeypatch.chdir(tmp_path)
+    write_npz("out.npz", [f"{i}.mp4" for i in range(20)])
+    rows = [f"{i},{i % 2},test" for i in range(20)]
+    path = write_csv(Path("l.csv"), rows, "video,label,Split")
+    assert "l.csv: found columns {'Split'}" in error_of("--labels", path)
+
+
+def test_large_numbers_keep_their_digits(tmp_path, monkeypatch):
+    """Catches numbers such as views in billions, rounded in single precision."""
+    monkeypatch.chdir(tmp_path)
+    write_npz("out.npz", [f"{i}.mp4" for i in range(20)])
+    parts = ["train"] * 12 + ["val"] * 4 + ["test"] * 4
+    rows = [f"{i},{10**9 + i},{part}" for i, part in enumerate(parts)]
+    path = write_csv(Path("l.csv"), rows, "video,label,split")
+    flags = ["--labels", path, "--regression", "--head", "linear", "--runs", "1"]
+    write_checkpoint(Path("lvmae.pt"))
+    probe.main(probe.get_args([*map(str, flags), "--json", "t.json"]))
+    found = json.loads(Path("t.json").read_text())["rows"]["majority"]["mean"]
+    expected = np.mean((np.arange(16, 20) - np.mean(np.arange(12))) ** 2)
+    assert found == pytest.approx(expected, rel=1e-3)

@@ -293,6 +293,11 @@ def test_npz_with_segments_equals_csv(world, tmp_path, capsys):
         ("x.npz", {"captions": ["a"], "embeddings": np.ones((1, 5))}, "(1, 32)"),
         (
             "x.npz",
+            {"captions": ["a"], "embeddings": np.ones((1, 32), int)},
+            "expected floats",
+        ),
+        (
+            "x.npz",
             {
                 "captions": ["a", "b"],
                 "embeddings": np.ones((2, 32)),

@@ -74,8 +74,8 @@ STD = (0.5, 0.5, 0.5)
 
 SEQUENCES = 4000  # spliced
 EPOCHS = 20  # of the pre-training
-FLAGS = "--decoder-dim 128 --batch-size 32 --warmup-epochs 1"
-FLAGS += f" --epochs {EPOCHS}"
+FLAGS = f"--mask-ratio 0.75 --decoder-dim 128 --batch-size 32 --epochs {EPOCHS}"
+FLAGS += " --warmup-epochs 1"
 
 WRITTEN = (  # all that this script and the stages write into the folder
     *("clip", "videos", "captions.csv", "labels.csv"),
@@ -358,7 +358,10 @@ def run_stages(folder, sequences, flags, seed):
 def clear(folder):
     """Make the folder, or remove the world that an earlier run left in it."""
     mark = folder / "toyworld.txt"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"{folder}: found {error}, expected a new folder") from None
     if any(folder.iterdir()) and not mark.exists():
         raise SystemExit(f"{folder}: found files, expected a new folder or a toy world")
     mark.write_text(
