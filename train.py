@@ -423,7 +423,7 @@ def get_args(argv=None):
         help="factor on the embeddings; None: sqrt(D), as positions have that length",
     )
     # Optimisation
-    add("--epochs", type=whole, default=60, help="passes over the training videos")
+    add("--epochs", type=whole, default=120, help="passes over the training videos")
     add("--warmup-epochs", type=positive, default=5, help="epochs of linear warm-up")
     add("--batch-size", type=whole, default=16, help="videos per step and process")
     add(
