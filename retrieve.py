@@ -54,18 +54,20 @@ from train import trivial_predictions
 
 # ---- Retrieval (section 3.4) -----------------------------------------------------------
 
-BLOCK = (
-    128  # queries ranked at a time: half a GiB of similarities to a million captions
-)
+# Queries that are ranked at a time: half a GiB of similarities to a million captions
+BLOCK = 128
 
 
 def compare(queries, captions):
-    """Cosine similarities (Q, C) of queries (Q, D) and captions (C, D) of unit length."""
-    return queries.to(captions) @ captions.T
+    """Eq. (4): cosine similarities (Q, C) of queries (Q, D) and captions (C, D).
+
+    All are of unit length.
+    """
+    return queries.to(captions) @ captions.T  # (Q, C)
 
 
 def search(queries, captions, top_k):
-    """Eq. (4): find the top_k captions (C, D) that are nearest to each query (Q, D).
+    """Find the top_k captions (C, D) that are nearest to each query (Q, D).
 
     Returns their similarities and their numbers, both (Q, top_k), the nearest first.
     """
