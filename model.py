@@ -449,9 +449,10 @@ def check_outputs(outputs, inputs):
             os.remove(temporary_name(path))
             if os.path.lexists(path):
                 require(os.path.isfile(path), f"{path}: there, and no regular file")
+                expected = FIRST_BYTES.get(ending, b"")
                 with open(path, "rb") as file:
-                    first = file.read(len(FIRST_BYTES[ending]))
-                is_ours = first in (b"", FIRST_BYTES[ending])
+                    found = file.read(len(expected))
+                is_ours = found in (b"", expected)
                 require(is_ours, f"{path}: there, and no {ending} file: rename one")
         except OSError as error:
             raise SystemExit(f"{path}: cannot be written: {error}") from None
