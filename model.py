@@ -301,7 +301,8 @@ def load_data(path):
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            file.zip.testzip()  # raises where the file was damaged
+            damaged = file.zip.testzip()
+            require(damaged is None, f"{path}: damaged: {damaged} differs")
             embeddings = torch.from_numpy(file["embeddings"])
             lengths = file["lengths"]
             videos = file["videos"]
@@ -310,6 +311,8 @@ def load_data(path):
             meta = json.loads(str(file.get("meta", "{}")))
         seconds = float(meta.get("segment_seconds", 5))
         S, _ = embeddings.shape
+        if starts is not None:
+            starts = torch.from_numpy(starts.astype(np.float32, casting="same_kind"))
     except Exception as error:
         expected = "an npz with embeddings (S, D), lengths (V,), videos (V,), meta JSON"
         raise SystemExit(f"{path}: found {error!r:.200}, expected {expected}") from None
@@ -337,8 +340,7 @@ def load_data(path):
 
     require(0 < seconds < math.inf, f"{path}: meta: segment_seconds is {seconds}")
     if starts is None:
-        starts = np.concatenate([np.arange(n) * seconds for n in lengths])
-    starts = torch.from_numpy(starts).float()
+        starts = torch.cat([torch.arange(n) * seconds for n in lengths])
     is_right = starts.shape == (S,) and starts.isfinite().all()
     require(is_right, f"{path}: starts: expected {S} finite seconds")
     return Data(

@@ -371,6 +371,7 @@ def run(Head, features, targets, split, args, device):
     head = fit(Head, features, targets, train, split["val"], args, device)
     error, _ = evaluate(head, features, targets, split["test"], device)
     if are_numbers(targets):
+        require(math.isfinite(scale**2), f"{args.labels}: too large numbers")
         return error * scale**2
     return 100 * (1 - error)
 
@@ -416,9 +417,15 @@ def read_labels(path, data):
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            unknown = set(reader.fieldnames or []) - {"video", "label", "split"}
-            require(not unknown, f"{path}: found columns {unknown}")  # a split, perhaps
+            columns = reader.fieldnames or []
+            is_right = sorted(columns) in (
+                ["label", "video"],
+                ["label", "split", "video"],
+            )
+            require(is_right, f"{path}: columns {columns}, not video,label[,split]")
             for row in reader:
+                is_right = None not in row and None not in row.values()
+                require(is_right, f"{path}: found {row}, expected {len(columns)} cells")
                 part = row.get("split") or "train"
                 rows.append((row["video"], row["label"], part))
     except Exception as error:
@@ -491,7 +498,10 @@ def make_targets(labelled, n_videos, args):
         return targets
 
     classes = sorted({label for label, _ in labelled.values()})
-    require(len(classes) > 1, f"{args.labels}: found classes {classes}, expected two")
+    advice = "a folder for each class, or --labels FILE.csv"
+    require(
+        len(classes) > 1, f"{args.labels}: classes {classes}, expected two: {advice}"
+    )
     targets = torch.zeros(n_videos, len(classes))
     for i, (label, _) in labelled.items():
         targets[i, classes.index(label)] = 1

@@ -378,11 +378,16 @@ def read_file(path, data):
         elif path.endswith(".csv"):
             with open(path, encoding="utf-8-sig", newline="") as file:
                 rows = list(csv.DictReader(file))
+            if any(None in row for row in rows):
+                raise ValueError("a row of too many cells: put quotes around commas")
+
             texts = [row["caption"] or "" for row in rows]
             segments = [(row["video"], tenth(row["start"])) for row in rows]
 
         elif path.endswith(".npz"):
             with np.load(path, allow_pickle=False) as file:
+                if file.zip.testzip() is not None:
+                    raise ValueError("damaged")
                 texts = file["captions"].tolist()
                 embeddings = torch.from_numpy(file["embeddings"])
                 meta = dict(json.loads(str(file.get("meta", "{}"))))
@@ -419,6 +424,9 @@ def embed_captions(texts, data, device):
     """Embed captions with the text tower of the encoder of `data` -> (C, D)."""
     name = data.meta.get("model", "")
     advice = "or give --captions FILE.npz, with captions and embeddings"
+    is_known = os.path.isdir(name) or ":" in name or name in open_clip.list_models()
+    message = f"{data.path}: model '{name}' is none of open_clip: no text tower"
+    require(is_known, f"{message}; {advice}")
     try:
         clip, _ = load_encoder(name, data.meta.get("pretrained", ""), device)
         tokenize = open_clip.get_tokenizer(encoder_name(name))

@@ -25,6 +25,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import asdict
 
@@ -165,10 +166,12 @@ def learning_rate(epoch, args, world):
     return peak * (1 + math.cos(math.pi * progress)) / 2
 
 
-def join_processes(world, device):
-    """Let the processes of torchrun find each other."""
+def set_up_torch(world, device):
+    """Let the processes of torchrun find each other, and GPUs use TF32."""
+    torch.set_float32_matmul_precision("high")
     if world > 1:
-        require("MASTER_ADDR" in os.environ, "several processes: start with torchrun")
+        is_torchrun = "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
+        require(is_torchrun, "several processes: start them with torchrun")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
@@ -339,7 +342,9 @@ def resume(path, model, optimizer, about):
     `about` says. A flag that is newer than the checkpoint may have any value.
     """
     loaded, checkpoint = read_checkpoint(path)
-    for name, then in checkpoint.get("args", {}).items():
+    is_whole = isinstance(checkpoint.get("args"), dict) and checkpoint.get("log")
+    require(is_whole, f"{path}: no args or no log in it: made by other code")
+    for name, then in checkpoint["args"].items():
         now = about["args"].get(name, then)
         flag = "--" + name.replace("_", "-")
         require(now == then, f"{path}: made with {flag} {then}, found {now}")
@@ -495,11 +500,11 @@ def print_end(path, log):
 
 def main(args):
     """Train; after each epoch write a checkpoint and a line of the log."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files hold anything
     check_files(args)
     rank, world = read_rank()
     device = pick_device(args.device)
-    join_processes(world, device)
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    set_up_torch(world, device)
 
     # Videos: those of this process; the split is that of all
     mine, names, encoder = read_videos(args, rank, world)

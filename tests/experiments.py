@@ -1,6 +1,6 @@
 """What was measured on the toy world: seeds, ablations, curves (see tests/README.md).
 
-    python tests/toyworld.py toy/ --labelled 20    # a world with more labelled videos
+    python tests/toyworld.py toy/ --labelled 20 --run    # with more labelled videos
     python tests/experiments.py toy/               # train, probe, read captions: hours
     python tests/experiments.py toy/ --report      # tables and pictures of what is done
 

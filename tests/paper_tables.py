@@ -265,6 +265,14 @@ def digest(paths):
     return total.hexdigest()[:12]
 
 
+def is_json(path):
+    """Say whether a file is there and whole."""
+    try:
+        return "rows" in json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+
+
 def run_probe(files, flags, out):
     """Run probe.py, if that is not done -> what it writes, or None where it fails.
 
@@ -278,7 +286,7 @@ def run_probe(files, flags, out):
     key = hashlib.sha256(f"{inputs} {flags}".encode()).hexdigest()[:12]
     task = Path(files["--labels"]).stem
     result = out / f"{task}.{Path(files['--ckpt']).stem}.{key}.json"
-    if not result.exists():
+    if not is_json(result):
         print(f"\n{result}: {task}", *flags, flush=True)
         status = subprocess.run([*command, "--json", str(result)]).returncode
         if status:

@@ -151,4 +151,6 @@ def read_log(path):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     draw(read_log(sys.argv[1]), sys.argv[2])

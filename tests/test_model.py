@@ -323,6 +323,8 @@ HUGE = np.array([2**63 - 1, 2**63 - 1, 9])  # in 64 bits these sum to 7
         (dict(videos=np.array(["a", "b"], dtype=object)), "Object arrays"),
         (dict(starts=np.zeros(3)), "starts: expected 7 finite seconds"),
         (dict(starts=np.full(7, np.nan)), "starts: expected 7 finite seconds"),
+        (dict(starts=np.full(7, 1e300)), "starts: expected 7 finite seconds"),
+        (dict(starts=np.full(7, "0")), "found .*expected an npz"),
         (dict(labels=np.array(["a"])), r"labels: <U1 \(1,\)"),
         (dict(meta=np.array("{broken")), "JSON"),
         (dict(meta=np.array("null")), "JSON"),
@@ -356,8 +358,14 @@ def test_files_that_are_no_npz(tmp_path):
     flip_a_bit(tmp_path / "flipped.npz")
     renamed = whole.replace(b"videos.npy", b"wideos.npy", 1)  # not in the directory
     (tmp_path / "renamed.npz").write_bytes(renamed)
-    for name in ("missing", "text", "empty", "array", "cut", "flipped", "renamed"):
-        with pytest.raises(SystemExit, match=f"{name}.npz: found .*expected an npz"):
+    gone = bytearray(whole)
+    gone[whole.rfind(b"videos.npy")] ^= 1  # in the directory alone
+    (tmp_path / "gone.npz").write_bytes(gone)
+    names = ("missing", "text", "empty", "array", "cut", "flipped", "renamed", "gone")
+    for name in names:
+        with pytest.raises(
+            SystemExit, match=f"{name}.npz: (found .*expected an|damaged)"
+        ):
             load_data(str(tmp_path / f"{name}.npz"))
 
 

@@ -113,7 +113,7 @@ def test_names_of_a_csv_find_their_videos(tmp_path, capsys):
         (["one,L,", "one.mp4,M,"], "has ('L', 'train') already"),
         (["one,L,train", "one,L,test"], "has ('L', 'train') already"),
         (["one,L,dev"], "train or val or test"),
-        (["one"], "one,None,train, expected video,label"),
+        (["one"], "expected 3 cells"),
         ([",L,test"], "train or val or test"),
     ],
 )
@@ -650,7 +650,9 @@ def test_a_column_of_another_name_is_refused(tmp_path, monkeypatch):
     write_npz("out.npz", [f"{i}.mp4" for i in range(20)])
     rows = [f"{i},{i % 2},test" for i in range(20)]
     path = write_csv(Path("l.csv"), rows, "video,label,Split")
-    assert "l.csv: found columns {'Split'}" in error_of("--labels", path)
+    assert "l.csv: columns ['video', 'label', 'Split']" in error_of("--labels", path)
+    path = write_csv(Path("l.csv"), rows, "video,label")
+    assert "expected 2 cells" in error_of("--labels", path)
 
 
 def test_large_numbers_keep_their_digits(tmp_path, monkeypatch):

@@ -281,6 +281,7 @@ def test_npz_with_segments_equals_csv(world, tmp_path, capsys):
         ("x.tsv", "video\tstart\tcaption\nb/v1.avi\t0\ta dog\n", ".csv"),
         ("x.json", '["a dog", "a cat"]', ".csv"),
         ("x.csv", "video,caption\nb/v1.avi,a dog\n", "'start'"),
+        ("x.csv", "video,start,caption\nb/v1.avi,0,a dog, two\n", "quotes"),
         ("x.csv", "video,start,caption\nb/v1.avi,soon,a dog\n", "soon"),
         ("x.csv", "video,start,caption\nb/v1.avi,nan,a dog\n", "NaN"),
         ("x.csv", "video,start,caption\nv1.avi,0,a dog\n", "a/v0.avi"),

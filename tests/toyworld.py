@@ -37,6 +37,10 @@ import open_clip
 import safetensors.torch
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from model import number
+
 SIZE = 64  # pixels
 FPS = 2  # frames per second
 SEGMENT_SECONDS = 5
@@ -97,11 +101,11 @@ def get_args(argv=None):
     add("--small", action="store_true", help="a tenth of it, for tests")
     add(
         "--labelled",
-        type=int,
+        type=number(int, 1),
         default=5,
         help="videos of each recipe to train a head on",
     )
-    add("--seed", type=int, default=0, help="seed of everything random")
+    add("--seed", type=number(int, 0), default=0, help="seed of everything random")
     return parser.parse_args(argv)
 
 
@@ -221,9 +225,9 @@ def make_videos(folder, recipes, labelled, val, test, seed):
     rng = np.random.default_rng(seed)
     captions = []
     labels = []
-    for number in range(labelled + val + test):
+    for i in range(labelled + val + test):
         for recipe, steps in recipes.items():
-            name = f"{recipe}/{number:03d}.mp4"
+            name = f"{recipe}/{i:03d}.mp4"
             story = make_story(rng, steps)
             place = rng.choice(list(PLACES))
 
@@ -231,15 +235,15 @@ def make_videos(folder, recipes, labelled, val, test, seed):
             path.parent.mkdir(parents=True, exist_ok=True)
             codec = cv2.VideoWriter_fourcc(*"mp4v")
             writer = cv2.VideoWriter(str(path), codec, FPS, (SIZE, SIZE))
-            for i, thing in enumerate(story):
+            for segment, thing in enumerate(story):
                 for frame in draw_segment(rng, thing, place):
                     writer.write(frame[..., ::-1])  # RGB to OpenCV's BGR
-                captions.append((name, i * SEGMENT_SECONDS, f"{thing} {place}"))
+                captions.append((name, segment * SEGMENT_SECONDS, f"{thing} {place}"))
             writer.release()
 
-            if number < labelled:
+            if i < labelled:
                 split = "train"
-            elif number < labelled + val:
+            elif i < labelled + val:
                 split = "val"
             else:
                 split = "test"
@@ -325,12 +329,11 @@ def splice(folder, count, seed, name="unlabelled.npz"):
 
 def run(command, folder):
     """Run one stage as a user would who stands in the folder of the world."""
-    root = Path(__file__).resolve().parent.parent
     print(f"\n$ python {command}", flush=True)
     script, *flags = command.split()
     # One thread trains on matrices as small as these faster than two.
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, root / script, *flags]
+    command = [sys.executable, ROOT / script, *flags]
     subprocess.run(command, cwd=folder, env=env, check=True)
 
 
@@ -391,6 +394,7 @@ def main(args):
         flags = "--epochs 2 --warmup-epochs 1"
 
     clear(folder)
+    print("training a tiny CLIP: half a minute", flush=True)
     train_clip(folder / "clip", steps, args.seed)
     accuracy = clip_accuracy(folder / "clip", args.seed + 1)
     print(f"{folder}/clip: {accuracy:.1%} of unseen frames have their caption nearest")
