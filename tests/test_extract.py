@@ -506,7 +506,13 @@ def test_sigint(tmp_path, clip, four):
         path.symlink_to(four / "a.mp4")
     out = tmp_path / "out.npz"
     command = [sys.executable, str(SCRIPT), str(videos), str(out), "--model", str(clip)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def heed_sigint():  # also where the tests run in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_sigint
+    )
     while len(list(tmp_path.glob("*.parts/*"))) < 4:
         assert process.poll() is None
         time.sleep(0.02)

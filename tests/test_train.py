@@ -518,6 +518,11 @@ def test_two_encoders_are_said(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def heed_sigint():
+    """In a child: Ctrl-C works, also where the tests run in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupted_with_one_line(uninterrupted, tmp_path):
     """Catches a traceback after Ctrl-C."""
     folder, _ = uninterrupted
@@ -529,12 +534,13 @@ def test_interrupted_with_one_line(uninterrupted, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_sigint,
     )
     while not (tmp_path / "lvmae.jsonl").exists():
         time.sleep(0.01)
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate()
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 1
     assert said.strip().splitlines()[-1].startswith("stopped: the same command")
     assert "Traceback" not in said
