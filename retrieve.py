@@ -432,6 +432,7 @@ def embed_captions(texts, data, device):
         tokenize = open_clip.get_tokenizer(encoder_name(name))
     except (SystemExit, Exception) as error:
         raise SystemExit(f"{data.path}: its text tower: {error}; {advice}") from None
+
     D = data.embeddings[0].shape[1]
     embeddings = []
     for i in tqdm(range(0, len(texts), 256), "captions", leave=False, disable=None):
