@@ -380,9 +380,8 @@ def read_checkpoint(path):
             damaged = file.testzip()
         require(damaged is None, f"{path}: damaged: the checksum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = LVMAE(
-            LVMAEConfig(**checkpoint["config"])
-        )  # names what it does not know
+        config = LVMAEConfig(**checkpoint["config"])  # names what it does not know
+        model = LVMAE(config)
         model.load_state_dict(checkpoint["model"])
     except Exception as error:
         message = f"{path}: found {error!r:.200}, expected a checkpoint of train.py"

@@ -470,7 +470,7 @@ def get_args(argv=None):
     add("--show", type=count, default=12, help="segments to show, from mid-video")
     add("--top-k", type=count, default=1, help="captions to show of each embedding")
     add("--figure", metavar="PNG", help="also draw them, with a frame of each segment")
-    add("--videos", metavar="FOLDER", default="", help="their folder, for --figure")
+    add("--videos", metavar="FOLDER", default=".", help="their folder, for --figure")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser.parse_args(argv)
 

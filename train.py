@@ -525,6 +525,8 @@ def main(args):
     log = []
     if args.resume and os.path.exists(args.out):
         done, log = resume(args.out, model, optimizer, about)
+    elif os.path.exists(args.out) and rank == 0:
+        print(f"{args.out}: there already, and will be replaced: --resume goes on")
     mean_done = sum_all(torch.tensor(done, device=device)).item() / world
     require(mean_done == done, f"{args.out}: not the same for all processes")
     if val_numbers and not log:

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LABELLED = 5  # videos of a recipe to train a head on, unless a curve needs others
 COUNTS = (3, 5, 10, 20)
 UNLABELLED = (250, 1000, 4000, 16000)
+RATIOS = (0.25, 0.5, 0.75, 0.9)  # of masked segments, as in Figure 2
 HEADS = ("linear", "attentive")
 BASELINES = ("raw linear", "raw attentive", "transformer", "mamba")
 
@@ -45,7 +46,7 @@ def list_experiments():
     """All trainings; the first is the toy world's own."""
     found = [Experiment("base"), Experiment("untrained", "--epochs 1 --base-lr 0")]
     for mask in ("random", "semantic"):
-        for ratio in (0.5, 0.75):
+        for ratio in RATIOS:
             if (mask, ratio) != ("random", 0.75):  # that is the base
                 flags = f"--mask {mask} --mask-ratio {ratio}"
                 found.append(Experiment(f"{mask}-{ratio}", flags))

@@ -226,6 +226,12 @@ def test_resume_needs_the_same_encoder_and_a_whole_checkpoint(copy):
             run_here("--epochs", 6, "--resume")
 
 
+def test_starting_anew_says_what_it_replaces(copy, capsys):
+    """Catches a checkpoint of hours that is replaced without a word."""
+    run_here("--epochs", 1)
+    assert "lvmae.pt: there already, and will be replaced" in capsys.readouterr().out
+
+
 def test_a_killed_run_leaves_nothing_behind_for_good(copy):
     """Catches a temporary file for every run that was killed while it wrote."""
     Path("lvmae.pt.0.tmp").write_text("half of a checkpoint")
