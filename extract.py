@@ -74,10 +74,11 @@ def sample_frames(reader, segment_seconds, frames_per_segment):
     last_slot = -1
     # Grabbing all frames is several times faster than seeking, and exact.
     while reader.grab():
+        # 1e-6: a frame that is due at 5 s may be stamped 4.9999999.
         slot = int(reader.begin / slot_seconds + 1e-6)  # from the start of the video
         if slot > last_slot:
             is_good, frame = reader.capture.retrieve()
-            if is_good:
+            if is_good:  # else the next frame of the slot is tried
                 last_slot = slot
                 frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
                 yield slot // frames_per_segment, slot % frames_per_segment, frame
@@ -103,7 +104,8 @@ def embed_video(reader, clip, preprocess, segment_seconds, frames_per_segment):
         embeddings.append(encode_images(images, clip).mean(dim=0))  # (D)
         starts.append(segment * segment_seconds)
 
-    # Paper: silent on the tail. Here: half a segment or more is one, as is the first.
+    # Paper: silent on the tail. Here: half a segment or more is one, and the first may
+    # be shorter. All frames have been read by now, so reader.end is that of the video.
     if len(starts) > 1 and reader.end < starts[-1] + segment_seconds / 2 - 1e-3:
         embeddings.pop()
         starts.pop()
@@ -238,12 +240,12 @@ class VideoReader:
         self.fps = 25.0
         self.promised = 0.0  # seconds
         fps = self.capture.get(cv2.CAP_PROP_FPS)
-        if 1 <= fps <= 240:
+        if 0.1 <= fps <= 240:
             self.fps = fps
             self.promised = self.capture.get(cv2.CAP_PROP_FRAME_COUNT) / fps
 
         # Seconds at which the frame of the last grab begins and ends.
-        self.begin = -1 / self.fps
+        self.begin = -1 / self.fps  # so that a first stamp of 0 is later
         self.end = 0.0
 
     def grab(self):
@@ -288,7 +290,7 @@ def check_settings(folder, settings):
 
 
 def weights_on_disk(args):
-    """Size and time of the weights that are given as files: other ones are told by it."""
+    """Size and time of weights that are files, so that other weights are noticed."""
     files = [args.pretrained]
     if os.path.isdir(args.model):
         files = sorted(os.scandir(args.model), key=lambda file: file.name)
@@ -339,9 +341,13 @@ def make_result(path, video, clip, preprocess, args):
         embeddings, starts = embed_video(
             reader, clip, preprocess, args.segment_seconds, args.frames
         )
+        span = (starts[-1] - starts[0]).item() / args.segment_seconds
+        n_gaps = round(span) + 1 - len(starts)
         if reader.end < 0.9 * reader.promised:
             note = f"kept, with {reader.end:.1f} s"
             note += f" of the {reader.promised:.1f} s in its header"
+        elif n_gaps > 0:
+            note = f"kept, without {n_gaps} segments in which no frame begins"
     except BadVideo as error:
         embeddings = torch.empty(0, 0)
         starts = torch.empty(0)
@@ -432,11 +438,13 @@ def main(args):
     for path, video in zip(paths, videos, strict=True):
         result = read_part(folder, path, video)
         if result is None:
-            print(f"Other processes are not done; the last one writes {args.out}.")
-            print("If none is left, give the command again.")
+            print(
+                f"Parts are missing: others work on them, or have written {args.out}."
+            )
+            print("If nobody does, and it is not there, give the command again.")
             return
         results.append(result)
-    good = [result for result in results if result["lengths"] > 0]
+    good = [result for result in results if len(result["starts"]) > 0]
     if good:
         arrays = {}
         for key in ARRAYS:

@@ -86,13 +86,13 @@ class Attention(nn.Module):
 
     def forward(self, x, counts):  # x (T, D), counts: a list of B integers, T in all
         outs = []
-        # One video at a time: without padding there is no key mask to get wrong.
+        # One video at a time: without padding there is no key mask to get wrong. On a CPU
+        # it is as fast as groups of like lengths.
         for qkv in self.qkv(x).split(counts):
-            # The 1 is a batch of one video: fast attention wants four dimensions.
-            qkv = qkv.unflatten(1, (3, 1, self.heads, -1))  # (n, 3, 1, H, D/H)
-            q, k, v = qkv.permute(1, 2, 3, 0, 4)  # (1, H, n, D/H) each
+            qkv = qkv.view(1, len(qkv), 3, self.heads, -1)  # a batch of one video
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (1, H, n, D/H) each
             out = F.scaled_dot_product_attention(q, k, v)  # (1, H, n, D/H)
-            outs.append(out[0].transpose(0, 1).flatten(1))  # (n, D)
+            outs.append(out.transpose(1, 2).flatten(2)[0])  # (n, D)
         return self.proj(torch.cat(outs))  # (T, D)
 
 
@@ -138,10 +138,11 @@ def token_positions(table, is_token):
 
     They stand in a table, as in MAE's checkpoints; for longer videos they are made anew.
     """
-    B, length = is_token.shape
+    length = is_token.shape[1]
     if length > table.shape[1]:
         table = sincos_positions(length - 1, table.shape[2]).to(table)
-    return table[:, :length].expand(B, -1, -1)[is_token]
+    place = is_token.nonzero()[:, 1]  # (T,), of each token in its video
+    return table[0, place.to(table.device)]  # (T, dim)
 
 
 def unpack(tokens, is_token):
@@ -227,6 +228,7 @@ class LVMAE(nn.Module):
         """
         latents = self.encode(embeddings, lengths, is_masked)  # (B, N+1, D)
         predictions = self.decode(latents, lengths, is_masked)  # (B, N, D)
+        # train.py's validation takes it too, for the trivial predictors as well.
         loss = masked_loss(predictions, embeddings, is_masked)
         return loss, predictions
 
@@ -301,6 +303,7 @@ def load_data(path):
     """
     try:
         with np.load(path, allow_pickle=False) as file:
+            # All of it: with a damaged name, an optional array would seem absent.
             damaged = file.zip.testzip()
             require(damaged is None, f"{path}: damaged: {damaged} differs")
             embeddings = torch.from_numpy(file["embeddings"])
@@ -310,16 +313,15 @@ def load_data(path):
             starts = file.get("starts")
             meta = json.loads(str(file.get("meta", "{}")))
         seconds = float(meta.get("segment_seconds", 5))
-        S, _ = embeddings.shape
+        S, _ = embeddings.shape  # it has two dimensions, or this raises
         if starts is not None:
             starts = torch.from_numpy(starts.astype(np.float32, casting="same_kind"))
     except Exception as error:
         expected = "an npz with embeddings (S, D), lengths (V,), videos (V,), meta JSON"
         raise SystemExit(f"{path}: found {error!r:.200}, expected {expected}") from None
 
-    require(
-        lengths.dtype.kind in "iu", f"{path}: lengths: {lengths.dtype}, not integers"
-    )
+    is_right = lengths.dtype.kind in "iu"
+    require(is_right, f"{path}: lengths: {lengths.dtype}, not integers")
     lengths = lengths.flatten().tolist()
     found = f"sum {sum(lengths)}, smallest {min(lengths, default=0)}"
     is_right = sum(lengths) == S and min(lengths, default=0) > 0
@@ -343,6 +345,9 @@ def load_data(path):
         starts = torch.cat([torch.arange(n) * seconds for n in lengths])
     is_right = starts.shape == (S,) and starts.isfinite().all()
     require(is_right, f"{path}: starts: expected {S} finite seconds")
+    for video, times in zip(videos, starts.split(lengths), strict=True):
+        is_sorted = (times.diff() >= 0).all()
+        require(is_sorted, f"{path}: starts: those of {video} are not in time order")
     return Data(
         path=path,
         videos=videos.tolist(),
@@ -368,6 +373,28 @@ def index_names(videos):
         for name in {video, base, *stems}:
             index.setdefault(name, []).append(i)
     return index
+
+
+def find_seen(videos, trained_on):
+    """Find those of the videos that a model was trained on -> set of names.
+
+    One of two extractions may have begun a folder higher: b.mp4 counts as a/b.mp4.
+    """
+    trained_on = set(trained_on)
+    ends = set()
+    for video in trained_on:
+        ends |= ends_of(video)
+    seen = set()
+    for video in videos:
+        if video in ends or not trained_on.isdisjoint(ends_of(video)):
+            seen.add(video)
+    return seen
+
+
+def ends_of(path):
+    """All that a path may be called from the folders above it: a/b -> {a/b, b}."""
+    parts = path.split("/")
+    return {"/".join(parts[i:]) for i in range(len(parts))}
 
 
 def read_checkpoint(path):
@@ -481,15 +508,18 @@ def replacing(path):
 
 def pick_device(name):
     """Device of a name; 'auto' is the first of cuda, mps and cpu that is there."""
-    there = ["cpu"]
-    if torch.backends.mps.is_available():
-        there.insert(0, "mps")
+    there = []
     if torch.cuda.is_available():
-        there.insert(0, "cuda")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # of torchrun
+        there.append("cuda")
+    if torch.backends.mps.is_available():
+        there.append("mps")
+    there.append("cpu")
     if name == "auto":
         name = there[0]
     require(name in there, f"--device {name}: not here, only {', '.join(there)}")
+    if name == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))  # of torchrun
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
     return torch.device(name)
 
 

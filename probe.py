@@ -39,6 +39,7 @@ from model import (
     Block,
     check_outputs,
     collate,
+    find_seen,
     index_names,
     load_checkpoint,
     load_data,
@@ -68,6 +69,8 @@ BATCH_SIZE = 16  # of both
 
 # ---- Heads: x (B, N+1, D), is_token (B, N+1), False at padding -> (B, outputs) ---------
 
+# Each names the setting it is trained with. 8 attention heads, or as many as divide D.
+
 
 class LinearProbe(nn.Module):
     """Section 8: the average of the segments -> linear layer."""
@@ -91,7 +94,7 @@ def average(x, is_token):
 def last_layer(dim, outputs):
     """Make the linear layer that ends a head."""
     # Paper: silent. Here: each dimension is normalised first, as in MAE's linear probing,
-    # and the layer starts at zero: few small steps would not wash out a random start.
+    # and the weights start at zero: few small steps would not wash out random ones.
     linear = nn.Linear(dim, outputs)
     nn.init.zeros_(linear.weight)
     return nn.Sequential(nn.BatchNorm1d(dim, affine=False), linear)
@@ -226,7 +229,7 @@ def selective_scan(x, delta, rate, b, c):
     return torch.einsum("bhts,bshp->bthp", match * decay * step, x)
 
 
-HEADS = {
+HEADS = {  # of --head; their rows are below
     "linear": LinearProbe,
     "attentive": AttentiveProbe,
     "transformer": Transformer,
@@ -279,8 +282,7 @@ def fit(Head, features, targets, train, val, args, device):
     if not has_val:
         rates = rates[:1]  # nothing to choose by: the paper's rate
 
-    best_error = math.inf
-    best_loss = math.inf
+    best = (math.inf, math.inf)  # error, and loss where errors are equal
     for rate in rates:
         head = Head(dim, outputs).to(device)
         optimizer = torch.optim.Adam(head.parameters(), rate, betas=(0.9, 0.999))
@@ -291,11 +293,9 @@ def fit(Head, features, targets, train, val, args, device):
             schedule.step()
 
             if has_val:
-                error, loss = evaluate(head, features, targets, val, device)
-                is_equal = error == best_error and loss < best_loss
-                if error < best_error or is_equal:
-                    best_error = error
-                    best_loss = loss
+                found = evaluate(head, features, targets, val, device)
+                if found < best:
+                    best = found
                     best_head = copy.deepcopy(head)
             else:
                 best_head = head
@@ -400,7 +400,7 @@ def count_seen(tested, checkpoint):
     """Say how many of the test videos were in the pre-training, where that is known."""
     seen = "unknown"
     if "videos" in checkpoint:
-        seen = len(tested.intersection(checkpoint["videos"]))
+        seen = len(find_seen(tested, checkpoint["videos"]))
     print(f"{seen} of {len(tested)} test videos were in the pre-training")
     return seen
 
@@ -658,4 +658,4 @@ if __name__ == "__main__":
     try:
         main(get_args())
     except KeyboardInterrupt:
-        raise SystemExit("stopped") from None
+        sys.exit("\nstopped")

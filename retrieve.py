@@ -43,6 +43,7 @@ from model import (
     check_outputs,
     collate,
     compare_encoders,
+    find_seen,
     load_checkpoint,
     load_data,
     number,
@@ -57,13 +58,25 @@ from train import trivial_predictions
 # Queries that are ranked at a time: half a GiB of similarities to a million captions
 BLOCK = 128
 
+RECALLS = (1, 5, 10)
+
+
+@dataclass
+class Captions:
+    """C captions, each once, and which of them is true of each segment."""
+
+    texts: list
+    embeddings: torch.Tensor  # (C, D) of unit length
+    answers: list  # (n,) of each video, number of the true caption; -1: not known
+    has_answers: bool  # whether any is known
+
 
 def compare(queries, captions):
     """Eq. (4): cosine similarities (Q, C) of queries (Q, D) and captions (C, D).
 
     All are of unit length.
     """
-    return queries.to(captions) @ captions.T  # (Q, C)
+    return queries.to(captions.device) @ captions.T  # (Q, C)
 
 
 def search(queries, captions, top_k):
@@ -146,20 +159,27 @@ def rank_masked(model, data, videos, captions, args, device):
         for name, embeddings in queries.items():
             rank = rank_captions(embeddings[block], captions.embeddings, answer)
             ranks[name][block] = rank
+    # A guess has each rank equally often.
     ranks["chance"] = torch.arange(1, len(captions.texts) + 1)
     return ranks
 
 
 def score(ranks):
     """Print recalls in percent, and the median, of ranks {name: (Q,)}, and return them."""
-    print(f"{'':16}     R@1     R@5    R@10   median rank")
+    heading = ""
+    for k in RECALLS:
+        heading += f"R@{k}".rjust(8)
+    print(f"{'':16}{heading}   median rank")
     scores = {}
     for name, rank in ranks.items():
         row = {}
-        for k in (1, 5, 10):
+        for k in RECALLS:
             row[f"R@{k}"] = 100 * (rank <= k).double().mean().item()
+        line = f"{name:16}"
+        for recall in row.values():
+            line += f"{recall:7.1f}%"
         row["median rank"] = float(np.median(rank))
-        print("{:16}{:7.1f}%{:7.1f}%{:7.1f}%{:14.1f}".format(name, *row.values()))
+        print(f"{line}{row['median rank']:14.1f}")
         scores[name] = row
     return scores
 
@@ -184,7 +204,7 @@ class Segment:
         return f"{int(self.start) // 60}:{int(self.start) % 60:02}"
 
 
-def read_embedding(embedding, captions, top_k, known=""):
+def nearest_captions(embedding, captions, top_k, known=""):
     """Read an embedding (D,) as its nearest captions, one a line, 'same' for a known one."""
     similarities, numbers = search(embedding[None], captions.embeddings, top_k)
     lines = []
@@ -196,24 +216,29 @@ def read_embedding(embedding, captions, top_k, known=""):
     return "\n".join(lines)
 
 
-def read_video(model, data, v, captions, args, device):
+def describe_video(model, data, v, captions, args, device):
     """Read the segments in the middle of video v -> list of Segment."""
     is_masked, queries = reconstruct(model, data, v, args, device)
     n = len(is_masked)
     first = max(0, n - args.show) // 2
     segments = []
     for i in range(first, min(n, first + args.show)):
-        texts = dict.fromkeys(COLOURS, "")
-        caption = ""
+        known = ""
         answer = captions.answers[v][i]
         if answer >= 0:
-            caption = captions.texts[answer]
-        texts["true caption"] = caption
-        nearest = read_embedding(queries["true"][i], captions, args.top_k, caption)
-        texts["true embedding"] = nearest
+            known = captions.texts[answer]
+        true = nearest_captions(queries["true"][i], captions, args.top_k, known)
+
+        rebuilt = ""
         if is_masked[i]:
-            nearest = read_embedding(queries["reconstructed"][i], captions, args.top_k)
-            texts["reconstruction"] = nearest
+            query = queries["reconstructed"][i]
+            rebuilt = nearest_captions(query, captions, args.top_k)
+
+        texts = {
+            "true caption": known,
+            "true embedding": true,
+            "reconstruction": rebuilt,
+        }
         segment = Segment(data.starts[v][i].item(), is_masked[i].item(), texts)
         segments.append(segment)
     return segments
@@ -316,16 +341,6 @@ def read_frames(path, data, segments):
 # ---- Captions --------------------------------------------------------------------------
 
 
-@dataclass
-class Captions:
-    """C captions, each once, and which of them is true of each segment."""
-
-    texts: list
-    embeddings: torch.Tensor  # (C, D) of unit length
-    answers: list  # (n,) of each video, number of the true caption; -1: not known
-    has_answers: bool  # whether any is known
-
-
 def read_captions(path, data, device):
     """Read captions, embed them, and find the segments of `data` that they are true of."""
     texts, segments, embeddings = read_file(path, data)
@@ -345,9 +360,16 @@ def read_captions(path, data, device):
         answer_of[segment] = number_of.get(texts[row], -1)
     require(len(answer_of) == len(segments), f"{path}: a segment is there twice")
     answers = []
+    lost = set(answer_of)
     for video, starts in zip(data.videos, data.starts, strict=True):
-        found = [answer_of.get((video, tenth(start)), -1) for start in starts]
+        places = [(video, tenth(start)) for start in starts]
+        lost.difference_update(places)
+        found = [answer_of.get(place, -1) for place in places]
         answers.append(torch.tensor(found))  # (n,)
+    if lost:
+        print(
+            f"{len(lost)} of {len(segments)} captions: no such segment in {data.path}"
+        )
     has_answers = torch.cat(answers).max().item() >= 0
     example = f"{data.videos[0]} at {data.starts[0][0]:.1f} s"
     message = f"{path}: no caption of a segment of {data.path}, such as {example}"
@@ -489,10 +511,10 @@ def choose_videos(data, checkpoint, args):
 
     A checkpoint that names no videos may have seen all. One segment alone is not masked.
     """
-    trained_on = set(checkpoint.get("videos", data.videos))
+    seen = find_seen(data.videos, checkpoint.get("videos", data.videos))
     videos = [v for v, video in enumerate(data.embeddings) if len(video) > 1]
     require(videos, f"{args.data}: found no video of 2 or more segments")
-    unseen = [v for v in videos if data.videos[v] not in trained_on]
+    unseen = [v for v in videos if data.videos[v] not in seen]
     if unseen:
         return unseen, f"those that {args.ckpt} was not trained on"
     return videos, f"since none is known to be new to {args.ckpt}"
@@ -525,12 +547,15 @@ def main(args):
 
     # What to read segments as
     captions = read_captions(args.captions, data, device)
+    if captions.has_answers:
+        scored = [v for v in scored if captions.answers[v].max() >= 0]
+        require(scored, f"{args.captions}: no caption of what is masked")
 
     # Show
     figures = []
     for name in shown:
         v = data.videos.index(name)
-        segments = read_video(model, data, v, captions, args, device)
+        segments = describe_video(model, data, v, captions, args, device)
         print_table(name, segments)
         if args.figure:
             frames = read_frames(os.path.join(args.videos, name), data, segments)
@@ -550,9 +575,9 @@ def main(args):
     masks = f"{n:,} masked segments ({args.mask}, {args.mask_ratio:.0%})"
     print(f"scored: {len(scored):,} of {len(data.videos):,} videos, {note}")
     print(f"rank of the {what} among {C:,} captions, {masks}\n")
-    scores = {"n": n, "captions": C, "videos": len(scored)}
-    scores |= {"mask": args.mask, "mask_ratio": args.mask_ratio}
-    scores |= score(ranks)
+    about = {"n": n, "captions": C, "videos": len(scored)}
+    about |= {"mask": args.mask, "mask_ratio": args.mask_ratio}
+    scores = about | score(ranks)
     if args.json:
         with replacing(args.json) as file:
             file.write(json.dumps(scores, indent=1).encode())

@@ -1,4 +1,4 @@
-"""Stage 2 of LV-MAE: pre-train on segment embeddings (section 3.3, Table 5).
+r"""Stage 2 of LV-MAE: pre-train on segment embeddings (section 3.3, Table 5).
 
     out.npz --crop, mask--> batch (B, N, D) --model.py, Eq. (3)--> lvmae.pt, lvmae.jsonl
 
@@ -12,13 +12,14 @@ ends with
 
 The defaults suit a few hundred videos. The paper's setting, on 8 GPUs:
 
-    torchrun --nproc-per-node 8 train.py --data part*.npz --depth 32 --heads 16 \\
-        --decoder-dim 512 --decoder-depth 8 --decoder-heads 16 \\
+    torchrun --nproc-per-node 8 train.py --data part*.npz --depth 32 --heads 16 \
+        --decoder-dim 512 --decoder-depth 8 --decoder-heads 16 --mask semantic \
         --epochs 150 --warmup-epochs 40 --base-lr 1.5e-4 --batch-size 16
 
-Depth, epochs, warm-up, rate and batch size are those of Table 5. The paper is silent on
-the heads and on the decoder: here they are MAE's. On one GPU: `python train.py` with the
-same flags, but `--batch-size 128`, since the rate grows with the videos of a step.
+Epochs, warm-up, rate and batch size are those of Table 5, masks and depth the best of
+Tables 3 and 4. The paper is silent on the heads and on the decoder: here they are MAE's;
+and on whether 16 videos are those of one GPU: here they are, and 8 GPUs take 128 a step.
+On one GPU: `python train.py` with the same flags, but `--batch-size 128`.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import sys
 import time
 from dataclasses import asdict
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -57,12 +59,13 @@ from model import (
 # ---- Batches ---------------------------------------------------------------------------
 
 
-def seeded(seed, epoch=0, rank=0):
-    """Make a generator from these numbers alone: any epoch can be drawn again.
+def seeded(seed, number, rank=0):
+    """Make a generator from these numbers alone, so that anything can be drawn again.
 
-    Epoch 0 is for the split, and 1, 2, ... for crops and masks.
+    number: 0 for the split, an epoch for its crops and masks, and a video for its mask in
+    validation.
     """
-    return torch.Generator().manual_seed(seed * 1_000_003 + rank * 10_007 + epoch)
+    return torch.Generator().manual_seed(seed * 1_000_003 + rank * 10_007 + number)
 
 
 def crop(videos, max_segments, generator):
@@ -83,11 +86,12 @@ def crop(videos, max_segments, generator):
 
 def training_batches(videos, steps, args, generator):
     """Yield an epoch: embeddings (B, N, D), lengths (B,), is_masked (B, N)."""
+    mask = MASKS[args.mask]
     order = torch.randperm(len(videos), generator=generator)
+    # Of nearly the same size, about --batch-size: no small one comes last.
     for batch in order.tensor_split(steps):
         crops = crop([videos[i] for i in batch], args.max_segments, generator)
         embeddings, lengths = collate(crops)
-        mask = MASKS[args.mask]
         is_masked = mask(embeddings, lengths, args.mask_ratio, generator)
         yield embeddings, lengths, is_masked
 
@@ -101,20 +105,21 @@ def validation_batches(videos, args):
     mask = MASKS[args.mask]
     numbers = sorted(videos, key=lambda i: len(videos[i]))  # alike: little padding
     for first in range(0, len(numbers), 16):
-        crops = []
+        clipped = []
         masks = []
         for i in numbers[first : first + 16]:
             video = videos[i][: args.max_segments]
             alone, length = collate([video])  # (1, n, D), (1,)
             is_masked = mask(alone, length, args.mask_ratio, seeded(args.seed, i))
-            crops.append(video)
+            clipped.append(video)
             masks.append(is_masked[0])  # (n,)
-        embeddings, lengths = collate(crops)
+        embeddings, lengths = collate(clipped)
         yield embeddings, lengths, pad_sequence(masks, batch_first=True)
 
 
 # ---- What a model must beat ------------------------------------------------------------
 
+# Named here too: a process without validation videos still adds its zeros.
 TRIVIAL = ("visible mean", "interpolation", "average of both")
 
 
@@ -124,22 +129,19 @@ def trivial_predictions(embeddings, lengths, is_masked):
     Arguments as of LVMAE.forward, all on the CPU. Only the masked places count.
     """
     mean = torch.zeros_like(embeddings)  # (B, N, D)
-    line = torch.zeros_like(embeddings)  # (B, N, D)
+    between = torch.zeros_like(embeddings)  # (B, N, D)
     for b, n in enumerate(lengths.tolist()):
-        visible = (~is_masked[b, :n]).nonzero()[:, 0]  # (n_visible,), their places
-        mean[b, :n] = embeddings[b, visible].mean(0)
+        places = (~is_masked[b, :n]).nonzero()[:, 0]  # (n_visible,)
+        visible = embeddings[b, places]  # (n_visible, D)
+        mean[b, :n] = visible.mean(0)
 
         # Between the visible neighbours; beyond the first or last one, that one.
-        place = torch.arange(n)
-        after = torch.searchsorted(visible, place)  # (n,), the visible one at or after
-        before = (torch.searchsorted(visible, place, right=True) - 1).clamp(min=0)
-        left = visible[before]  # (n,)
-        right = visible[after.clamp(max=len(visible) - 1)]  # (n,)
-        weight = (place - left) / (right - left).clamp(min=1)  # (n,)
-        weight = weight.clamp(0, 1)[:, None].to(embeddings.dtype)
-        line[b, :n] = embeddings[b, left].lerp(embeddings[b, right], weight)
-    both = (mean + line) / 2
-    return {"visible mean": mean, "interpolation": line, "average of both": both}
+        columns = []
+        for column in visible.T.numpy():  # (n_visible,), one of the D
+            columns.append(np.interp(np.arange(n), places, column))  # (n,)
+        between[b, :n] = torch.from_numpy(np.stack(columns, axis=1))  # (n, D)
+    both = (mean + between) / 2
+    return {"visible mean": mean, "interpolation": between, "average of both": both}
 
 
 # ---- Training (Table 5) ----------------------------------------------------------------
@@ -175,6 +177,14 @@ def set_up_torch(world, device):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
+def average_gradients(model, world):
+    """Wrap a model so that gradients are averaged over the processes, if several."""
+    if world == 1:
+        return model
+    # Without device_ids: with them, lengths and masks would be moved to the GPU.
+    return DistributedDataParallel(model)
+
+
 def sum_all(x):
     """Sum a tensor over all processes."""
     if dist.is_initialized():
@@ -182,16 +192,17 @@ def sum_all(x):
     return x
 
 
-def train_epoch(net, optimizer, batches, done, steps, args, world):
+def train_epoch(net, optimizer, batches, epoch, steps, args, world):
     """Take the steps of an epoch -> mean loss of a masked segment, last learning rate.
 
-    done: how many epochs have gone before.
+    Epochs count from 1.
     """
     net.train()
     device = next(net.parameters()).device
     sums = torch.zeros(2, device=device)  # loss, masked segments
     for step, (embeddings, lengths, is_masked) in enumerate(batches):
-        lr = learning_rate(done + (step + 0.5) / steps, args, world)
+        middle = epoch - 1 + (step + 0.5) / steps  # of the step, in epochs
+        lr = learning_rate(middle, args, world)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -208,8 +219,8 @@ def train_epoch(net, optimizer, batches, done, steps, args, world):
         optimizer.step()
         optimizer.zero_grad()
         sums += torch.stack([loss.detach() * n_masked, n_masked])
-    loss, masked = sum_all(sums).tolist()
-    return {"loss": loss / masked, "lr": lr}
+    total, n = sum_all(sums).tolist()
+    return {"loss": total / n, "lr": lr}
 
 
 def score(predictions, embeddings, is_masked):
@@ -222,13 +233,16 @@ def score(predictions, embeddings, is_masked):
 
 def mean_score(sums):
     """Turn the sums of all processes into means, as they stand in the log."""
-    loss, cosine, masked = sum_all(sums).tolist()
-    return {"val_loss": loss / masked, "cosine": cosine / masked}
+    loss, cosine, n = sum_all(sums).tolist()
+    return {"val_loss": loss / n, "cosine": cosine / n}
 
 
 @torch.no_grad()
 def evaluate(model, batches, device):
-    """Score the model on the masked segments of all batches."""
+    """Score the model on the masked segments of all batches.
+
+    The model, not its DDP: the processes may have unequal numbers of batches.
+    """
     model.eval()
     sums = torch.zeros(3, device=device)
     for embeddings, lengths, is_masked in batches:
@@ -295,6 +309,7 @@ def read_videos(args, rank, world):
             if len(names) % world == rank:
                 mine[len(names)] = video.clone()  # a view would keep the whole file
             names.append(data.videos[i])
+        del data, video  # so that only one file is in memory at a time
 
     sizes = {video.shape[1] for video in mine.values()}
     require(mine, f"{args.data}: {len(names)} videos of 2 or more segments: too few")
@@ -314,7 +329,7 @@ def split(n, val_share, seed):
 
     It depends on the seed, not on the processes.
     """
-    order = torch.randperm(n, generator=seeded(seed)).tolist()
+    order = torch.randperm(n, generator=seeded(seed, 0)).tolist()
     n_val = round(val_share * n)
     if val_share > 0:
         n_val = max(n_val, 1)
@@ -339,7 +354,7 @@ def resume(path, model, optimizer, about):
     """Load a checkpoint into model and optimizer -> epochs done, log.
 
     Raises SystemExit where it was made from other videos or with other flags than
-    `about` says. A flag that is newer than the checkpoint may have any value.
+    `about` says. Flags that only one of the two knows do not count.
     """
     loaded, checkpoint = read_checkpoint(path)
     is_whole = isinstance(checkpoint.get("args"), dict) and checkpoint.get("log")
@@ -348,21 +363,21 @@ def resume(path, model, optimizer, about):
         now = about["args"].get(name, then)
         flag = "--" + name.replace("_", "-")
         require(now == then, f"{path}: made with {flag} {then}, found {now}")
-    for key in ("config", "encoder", "videos"):
+    is_same = loaded.config == model.config
+    require(is_same, f"{path}: config: not that of the flags and the data")
+    for key in ("encoder", "videos"):
         is_same = checkpoint.get(key) == about[key]
         require(is_same, f"{path}: {key}: not those of the data that is given")
     model.load_state_dict(loaded.state_dict())
 
     # AdamW does not look at its state: with wrong shapes it would crash the process.
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
-        for i, p in enumerate(parameters):
-            for key in ("exp_avg", "exp_avg_sq"):
-                moment = checkpoint["optimizer"]["state"][i][key]
-                found = (moment.dtype, moment.shape, moment.stride())
-                if found != (p.dtype, p.shape, p.stride()):
-                    raise ValueError(f"{key} {i} is not like the weights")
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for name, p in model.named_parameters():
+            for key in ("exp_avg", "exp_avg_sq"):
+                moment = optimizer.state[p][key]
+                if moment.shape != p.shape or moment.stride() != p.stride():
+                    raise ValueError(f"{key} of {name} is not like the weights")
         return checkpoint["epoch"], checkpoint["log"]
     except Exception as error:
         raise SystemExit(f"{path}: optimizer: found {error!r:.200}") from None
@@ -400,7 +415,7 @@ def get_args(argv=None):
     add("--data", nargs="+", default=["out.npz"], metavar="FILE", help="npz files")
     add("--exclude", metavar="FILE", help="names of videos to leave out, one a line")
     add("--out", default="lvmae.pt", help="checkpoint; the log is beside it, as .jsonl")
-    add("--resume", action="store_true", help="go on from --out if it is there")
+    add("--resume", action="store_true", help="go on from --out, same flags")
     add("--val-share", type=share, default=0.1, help="of the videos; 0: no validation")
     # Masking
     add("--mask", choices=MASKS, default="random", help="what to mask")
@@ -408,7 +423,7 @@ def get_args(argv=None):
         "--mask-ratio",
         type=number(float, 0.001, 0.999),
         default=0.5,
-        help="share of a video; paper: 0.4 for random, 0.5 for semantic masks",
+        help="share of a video; paper: best 0.4 for random, 0.5 for semantic masks",
     )
     # Sizes; the encoder is as wide as the embeddings
     add("--depth", type=whole, default=2, help="layers of the encoder")
@@ -430,7 +445,7 @@ def get_args(argv=None):
     # Optimisation
     add("--epochs", type=whole, default=120, help="passes over the training videos")
     add("--warmup-epochs", type=positive, default=5, help="epochs of linear warm-up")
-    add("--batch-size", type=whole, default=16, help="videos per step and process")
+    add("--batch-size", type=whole, default=16, help="videos a step and process, about")
     add(
         "--base-lr", type=positive, default=8e-3, help="peak rate for 256 videos a step"
     )
@@ -481,10 +496,15 @@ def print_line(line):
     print("  ".join(texts), flush=True)
 
 
-def print_beginning(model, steps, log):
-    """Print the size of the work, and what the trivial predictors reach."""
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{size:.1f} M parameters, {steps} steps an epoch")
+def print_beginning(args, model, n_train, n_val, steps, log):
+    """Print what may be a mistake, the size of the work, and the log up to here."""
+    if os.path.exists(args.out) and not args.resume:
+        print(f"{args.out}: there already, and will be replaced: --resume goes on")
+    if args.epochs <= args.warmup_epochs:
+        print(f"warning: {args.epochs} epochs, all of them in --warmup-epochs")
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{n_train} videos to train on, {n_val} to validate on")
+    print(f"{size:,} parameters, {steps} steps an epoch")
     for line in log:
         print_line(line)
 
@@ -512,7 +532,8 @@ def main(args):
     train = [mine[i] for i in train_numbers if i in mine]
     val = {i: mine[i] for i in val_numbers if i in mine}
     steps = max(1, round(len(train_numbers) / (args.batch_size * world)))  # an epoch
-    require(len(train) >= steps, f"{args.data}: {len(names)} videos: too few")
+    message = f"{args.data}: {len(names)} videos: too few for {steps} steps an epoch"
+    require(len(train) >= steps, message)
 
     # Model
     model = build_model(args, dim=train[0].shape[1]).to(device)
@@ -525,18 +546,13 @@ def main(args):
     log = []
     if args.resume and os.path.exists(args.out):
         done, log = resume(args.out, model, optimizer, about)
-    elif os.path.exists(args.out) and rank == 0:
-        print(f"{args.out}: there already, and will be replaced: --resume goes on")
     mean_done = sum_all(torch.tensor(done, device=device)).item() / world
-    require(mean_done == done, f"{args.out}: not the same for all processes")
+    require(mean_done == done, f"{args.out}: not on a disk of all processes?")
     if val_numbers and not log:
         log = evaluate_trivial(validation_batches(val, args), device)
-    net = DistributedDataParallel(model) if world > 1 else model
+    net = average_gradients(model, world)
     if rank == 0:
-        print(
-            f"{len(train_numbers)} videos to train on, {len(val_numbers)} to validate on"
-        )
-        print_beginning(model, steps, log)
+        print_beginning(args, model, len(trained_on), len(val_numbers), steps, log)
 
     # Epochs
     begin = time.time()
@@ -546,7 +562,7 @@ def main(args):
         if rank == 0:
             batches = tqdm(batches, f"epoch {epoch}", steps, leave=False, disable=None)
         line = {"epoch": epoch}
-        line |= train_epoch(net, optimizer, batches, epoch - 1, steps, args, world)
+        line |= train_epoch(net, optimizer, batches, epoch, steps, args, world)
         if val_numbers:
             line |= evaluate(model, validation_batches(val, args), device)
         require(is_finite(model, line), f"{line}: not saved, lower --base-lr")
@@ -568,4 +584,4 @@ if __name__ == "__main__":
     try:
         main(get_args())
     except KeyboardInterrupt:
-        raise SystemExit("stopped: the same command with --resume goes on") from None
+        sys.exit("\nstopped: the same command with --resume goes on")

@@ -73,6 +73,9 @@ def write_labels(folder):
                 if used[row["label"]] > count:
                     continue
             kept.append(row.values())
+        if min(used.values()) < count:
+            message = f"{folder}: {min(used.values())} labelled videos of a recipe"
+            raise SystemExit(f"{message}, expected {count}: toyworld.py --labelled 20")
         toyworld.write_csv(folder / f"labels-{count}.csv", list(rows[0]), kept)
 
 
@@ -129,10 +132,9 @@ def compare(folder, count):
 def collect(folder, experiment, read):
     """Mean, standard deviation and number of what `read` finds for each seed."""
     found = []
-    for seed in range(3):
-        ckpt = f"experiments/{experiment.name}.{seed}.pt"
-        if (folder / f"{ckpt}.captions.json").exists():
-            found.append(read(ckpt))
+    for path in sorted(folder.glob(f"experiments/{experiment.name}.*.captions.json")):
+        ckpt = path.relative_to(folder).as_posix().removesuffix(".captions.json")
+        found.append(read(ckpt))
     spread = 0.0
     if len(found) > 1:
         spread = statistics.stdev(found)
@@ -225,7 +227,7 @@ def main(args):
     for count in {experiment.sequences for experiment in list_experiments()}:
         if not (folder / f"unlabelled-{count}.npz").exists():
             name = f"unlabelled-{count}.npz"
-            toyworld.splice(folder, count, args.seed, name)
+            toyworld.splice(folder, count, toyworld.read_seed(folder), name)
 
     if not args.report:
         with ThreadPoolExecutor(args.workers) as pool:
@@ -250,8 +252,7 @@ def get_args(argv=None):
     add("folder", type=Path, help="of the toy world, with --run behind it")
     add("--workers", type=int, default=2, help="trainings at a time, a core each")
     add("--seeds", type=int, default=3, help="trainings of each experiment")
-    add("--seed", type=int, default=0, help="of the toy world")
-    add("--report", action="store_true", help="only report what is done")
+    add("--report", action="store_true", help="train no more, report what is done")
     add("--picture", default="curves.svg", help="where to draw the curves")
     return parser.parse_args(argv)
 

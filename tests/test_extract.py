@@ -386,6 +386,14 @@ def test_half_a_video_is_kept_and_named(tmp_path, clip, capsys):
     assert abs(seconds - 5 * data["lengths"][0]) <= 2.5
 
 
+def test_slides(tmp_path, clip, capsys):
+    """Segments in which no frame begins are missing without a word."""
+    write_video(tmp_path / "v" / "a.avi", 120, fps=0.1)
+    data = run(tmp_path / "v", tmp_path / "out.npz", clip)
+    assert data["starts"].tolist() == list(range(0, 120, 10))
+    assert "a.avi: kept, without 11 segments in which no" in capsys.readouterr().out
+
+
 def damage(data, kind, rng):
     """Flip bytes, cut the end off, or put the pieces in another order."""
     data = np.frombuffer(data, np.uint8).copy()
@@ -433,7 +441,7 @@ def test_ranks(tmp_path, clip, four, monkeypatch, capsys):
     for rank in "20":
         monkeypatch.setenv("RANK", rank)
         extract.main(arguments(four, out, clip))
-        assert "Other processes are not done" in capsys.readouterr().out
+        assert "Parts are missing: others work on them" in capsys.readouterr().out
         assert not out.exists()
     monkeypatch.setenv("RANK", "1")
     assert_equal(run(four, out, clip), alone)

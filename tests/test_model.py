@@ -16,10 +16,12 @@ from model import (
     LVMAEConfig,
     check_outputs,
     collate,
+    find_seen,
     index_names,
     load_checkpoint,
     load_data,
     number,
+    pick_device,
     random_mask,
     read_rank,
     replacing,
@@ -323,6 +325,7 @@ HUGE = np.array([2**63 - 1, 2**63 - 1, 9])  # in 64 bits these sum to 7
         (dict(videos=np.array(["a", "b"], dtype=object)), "Object arrays"),
         (dict(starts=np.zeros(3)), "starts: expected 7 finite seconds"),
         (dict(starts=np.full(7, np.nan)), "starts: expected 7 finite seconds"),
+        (dict(starts=np.array([0, 10, 5, 0, 5, 10, 15])), "starts: those of a are not"),
         (dict(starts=np.full(7, 1e300)), "starts: expected 7 finite seconds"),
         (dict(starts=np.full(7, "0")), "found .*expected an npz"),
         (dict(labels=np.array(["a"])), r"labels: <U1 \(1,\)"),
@@ -338,6 +341,24 @@ def test_broken_npz_is_refused(tmp_path, changes, message):
     with pytest.raises(SystemExit, match=f"broken.npz: .*{message}") as error:
         load_data(path)
     assert "\n" not in str(error.value)
+
+
+def test_seen_from_another_folder():
+    """Catches a test video of the pre-training that passes for new by a shorter path."""
+    trained_on = ["train/a/1.mp4", "2.mp4"]
+    tested = ["a/1.mp4", "x/2.mp4", "b/1.mp4", "12.mp4"]
+    assert find_seen(tested, trained_on) == {"a/1.mp4", "x/2.mp4"}
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    """Catches a second process on one GPU, or on the CPU, that dies of its LOCAL_RANK."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert pick_device("auto") == torch.device("cuda") and chosen == [1]
+    assert pick_device("cpu") == torch.device("cpu") and chosen == [1]
 
 
 def flip_a_bit(path):

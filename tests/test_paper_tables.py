@@ -272,6 +272,15 @@ def test_one_failing_task_does_not_stop_the_others(tmp_path, monkeypatch, capfd)
     assert "| LV-MAE attentive (a.pt) |" in Path("tables/tables.md").read_text()
 
 
+def test_a_head_that_fails_is_counted(tmp_path, monkeypatch):
+    """Catches a '-' in the tables, beside rows of the same task, that passes for done."""
+    calls = iter([{"rows": {"a": 1}}, {"rows": {"b": 1}}, None])
+    monkeypatch.setattr(paper_tables, "run_probe", lambda *_: next(calls))
+    tasks = ["breakfast"]
+    _, n_failed = paper_tables.probe_all(tasks, "d.npz", ["a", "b"], [], tmp_path)
+    assert n_failed == 1
+
+
 def test_encoders_are_not_mixed(tmp_path, monkeypatch):
     """Catches one data set out of the embeddings of two encoders."""
     monkeypatch.chdir(tmp_path)

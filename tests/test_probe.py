@@ -585,7 +585,7 @@ def test_leakage_is_counted(tmp_path, monkeypatch, capsys, known, expected):
     monkeypatch.chdir(tmp_path)
     videos = write_classes(tmp_path, 40, "ab")
     rows = [f"{v},{v[0]},{'test' if i < 10 else 'train'}" for i, v in enumerate(videos)]
-    more = {} if known is None else {"videos": [*videos[:known], "0.mp4", "9"]}
+    more = {} if known is None else {"videos": [*videos[:known], "z/0.mp4", "9"]}
     write_checkpoint("lvmae.pt", **more)
     labels = write_csv(Path("l.csv"), rows)
     run_probe("--labels", labels, "--runs", 1, "--epochs", 1, "--json", "t.json")

@@ -499,11 +499,21 @@ def test_unknown_captions_do_not_count(world, tmp_path, capsys):
     path.write_text("\n".join([head, *without]), "utf-8")
     partial, _ = run(world, capsys, f"--captions={path}")
     assert partial["n"] == scores["n"] - 8 and partial["true"]["R@1"] == 100
+    assert partial["videos"] == scores["videos"] - 1
 
     single = [row for row in rows if "v2.avi" in row]  # of one segment: nothing masked
     path.write_text("\n".join([head, *single]), "utf-8")
     line = error_of(run, world, capsys, f"--captions={path}")
     assert "no caption of what is masked" in line
+
+
+def test_captions_of_no_segment_are_counted(world, tmp_path, capsys):
+    """Catches captions whose times or names match nothing, and nobody is told."""
+    head, *rows = (world / "captions.csv").read_text("utf-8").splitlines()
+    path = tmp_path / "captions.csv"
+    path.write_text("\n".join([head, *rows, "v1.avi,2.5,a", "v99.avi,0,b"]), "utf-8")
+    _, text = run(world, capsys, f"--captions={path}")
+    assert f"2 of {len(rows) + 2} captions: no such segment in" in text
 
 
 def test_without_true_captions_it_counts_agreement(world, capsys):

@@ -136,17 +136,17 @@ def test_a_folder_that_is_not_ours_is_refused(tmp_path):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "mine.mp4").write_text("mine")
     with pytest.raises(SystemExit, match="expected a new folder or a toy world"):
-        toyworld.clear(tmp_path)
+        toyworld.clear(tmp_path, 0)
     assert (tmp_path / "videos" / "mine.mp4").read_text() == "mine"
 
 
 def test_a_smaller_world_over_a_larger_one(tmp_path):
     """Catches videos of an earlier, larger world that stay in the new one."""
-    toyworld.clear(tmp_path / "toy")
+    toyworld.clear(tmp_path / "toy", 0)
     (tmp_path / "toy" / "videos" / "1a").mkdir(parents=True)
     (tmp_path / "toy" / "videos" / "1a" / "999.mp4").touch()
     (tmp_path / "toy" / "notes.txt").write_text("mine")
-    toyworld.clear(tmp_path / "toy")
+    toyworld.clear(tmp_path / "toy", 0)
     assert not (tmp_path / "toy" / "videos").exists()
     assert (tmp_path / "toy" / "notes.txt").read_text() == "mine"
 

@@ -81,10 +81,11 @@ EPOCHS = 20  # of the pre-training
 FLAGS = f"--mask-ratio 0.75 --decoder-dim 128 --batch-size 32 --epochs {EPOCHS}"
 FLAGS += " --warmup-epochs 1"
 
-WRITTEN = (  # all that this script and the stages write into the folder
+WRITTEN = (  # all that is written into the folder
     *("clip", "videos", "captions.csv", "labels.csv"),
     *("out.npz", "out.npz.parts", "unlabelled.npz", "test.npz"),
     *("lvmae.pt", "lvmae.jsonl", "probe.json", "retrieve.json"),
+    *("experiments", "unlabelled-*.npz", "labels-*.csv"),  # of experiments.py
 )
 
 
@@ -358,7 +359,7 @@ def run_stages(folder, sequences, flags, seed):
         print(f"{name:42} {row['mean']:5.1f}% +- {row['std']:.1f}")
 
 
-def clear(folder):
+def clear(folder, seed):
     """Make the folder, or remove the world that an earlier run left in it."""
     mark = folder / "toyworld.txt"
     try:
@@ -367,15 +368,19 @@ def clear(folder):
         raise SystemExit(f"{folder}: found {error}, expected a new folder") from None
     if any(folder.iterdir()) and not mark.exists():
         raise SystemExit(f"{folder}: found files, expected a new folder or a toy world")
-    mark.write_text(
-        "Made by tests/toyworld.py, which removes it when it makes another.\n"
-    )
-    for name in WRITTEN:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    text = "Made by tests/toyworld.py, which removes it when it makes another"
+    mark.write_text(f"{text}, with --seed {seed}\n")
+    for pattern in WRITTEN:
+        for path in folder.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def read_seed(folder):
+    """Read the seed that a world was made with."""
+    return int((folder / "toyworld.txt").read_text().split()[-1])
 
 
 def main(args):
@@ -393,7 +398,7 @@ def main(args):
         sequences = 64
         flags = "--epochs 2 --warmup-epochs 1"
 
-    clear(folder)
+    clear(folder, args.seed)
     print("training a tiny CLIP: half a minute", flush=True)
     train_clip(folder / "clip", steps, args.seed)
     accuracy = clip_accuracy(folder / "clip", args.seed + 1)
