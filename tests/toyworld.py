@@ -78,8 +78,8 @@ STD = (0.5, 0.5, 0.5)
 
 SEQUENCES = 4000  # spliced
 EPOCHS = 20  # of the pre-training
-FLAGS = f"--mask-ratio 0.75 --decoder-dim 128 --batch-size 32 --epochs {EPOCHS}"
-FLAGS += " --warmup-epochs 1"
+FLAGS = "--mask-ratio 0.75 --depth 4 --decoder-dim 128 --batch-size 32"
+FLAGS += f" --epochs {EPOCHS} --warmup-epochs 1"
 
 WRITTEN = (  # all that is written into the folder
     *("clip", "videos", "captions.csv", "labels.csv"),
