@@ -208,7 +208,7 @@ def draw_curves(folder, path):
     experiments.sort(key=lambda experiment: experiment.sequences)
     for head in HEADS:
         found = [accuracy(folder, experiment, head) for experiment in experiments]
-        unlabelled.lines.append(line_of(f"accuracy, {head}", UNLABELLED, found))
+        unlabelled.lines.append(line_of(f"LV-MAE {head}", UNLABELLED, found))
     found = [recall(folder, experiment) for experiment in experiments]
     unlabelled.lines.append(line_of("R@1 of reconstructions", UNLABELLED, found))
     plot.draw([labelled, unlabelled], path)

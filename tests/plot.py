@@ -62,7 +62,7 @@ def text(x, y, words, anchor="middle", colour="#333", size=12):
     return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(words)}</text>'
 
 
-def draw_chart(chart, left, height):
+def draw_chart(chart, left, height, colours):
     """Draw one chart with its left edge at `left` -> a list of SVG elements."""
     ys = [y for line in chart.lines for y in line.ys]
     margin = 0.06 * (max(ys) - min(ys)) or 1
@@ -93,7 +93,7 @@ def draw_chart(chart, left, height):
     svg.append(text(left + WIDTH / 2, height - 8, chart.x_label))
 
     for i, line in enumerate(chart.lines):
-        colour = COLOURS[i % len(COLOURS)]
+        colour = colours[line.name]
         points = list(zip(line.xs, line.ys, strict=True))
         path = " ".join(f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in points)
         dash = 'stroke-dasharray="5 4"' if line.is_dashed else ""
@@ -114,6 +114,10 @@ def draw_chart(chart, left, height):
 
 def draw(charts, path):
     """Draw charts side by side into an SVG file."""
+    colours = {}  # a name has the same one in all charts
+    for chart in charts:
+        for line in chart.lines:
+            colours.setdefault(line.name, COLOURS[len(colours) % len(COLOURS)])
     rows = max(math.ceil(len(chart.lines) / 2) for chart in charts)
     width = WIDTH * len(charts)
     height = HEIGHT + LEGEND * rows + 8
@@ -121,7 +125,7 @@ def draw(charts, path):
     svg = [f'<svg xmlns="http://www.w3.org/2000/svg" {head}>']
     svg.append('<rect width="100%" height="100%" fill="white"/>')
     for i, chart in enumerate(charts):
-        svg += draw_chart(chart, i * WIDTH, HEIGHT)
+        svg += draw_chart(chart, i * WIDTH, HEIGHT, colours)
     svg.append("</svg>")
     Path(path).write_text("\n".join(svg) + "\n")
 
