@@ -384,21 +384,20 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("videos", help="folder of videos, searched with its subfolders")
-    parser.add_argument("out", help="npz file to write")
+    add = parser.add_argument
+    add("videos", help="folder of videos, searched with its subfolders")
+    add("out", help="npz file to write")
 
-    parser.add_argument("--model", default="ViT-B-32", help="open_clip name, or folder")
-    parser.add_argument(
+    add("--model", default="ViT-B-32", help="open_clip name, or folder")
+    add(
         "--pretrained",
         default="datacomp_xl_s13b_b90k",
         help="weights of a named model: open_clip's tag, or a file",
     )
 
-    parser.add_argument(
-        "--segment-seconds", type=number(float, 0.01), default=5.0, help="of a segment"
-    )
-    parser.add_argument("--frames", type=number(int, 1), default=8, help="per segment")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--segment-seconds", type=number(float, 0.01), default=5.0, help="of a segment")
+    add("--frames", type=number(int, 1), default=8, help="per segment")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser.parse_args(argv)
 
 

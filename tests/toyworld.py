@@ -8,7 +8,7 @@ A bag of segments cannot tell 1a from 1b; the order of the segments can.
     python tests/toyworld.py toy/          # toy/videos/ toy/captions.csv toy/labels.csv toy/clip/
     python tests/toyworld.py toy/ --run    # and then every stage on it, and one table
 
-The first ends with a line like "made in 23 s", the second with "the whole took 3.6 minutes".
+The first ends with a line like "made in 23 s", the second with "the whole took 3.7 minutes".
 
 As in the paper, there are many videos without a label and few with one. Of each recipe, 5 videos
 are labelled to train a head on, 5 to choose its best epoch, and 20 to test it. The videos without
