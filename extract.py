@@ -437,9 +437,7 @@ def main(args):
     for path, video in zip(paths, videos, strict=True):
         result = read_part(folder, path, video)
         if result is None:
-            print(
-                f"Parts are missing: others work on them, or have written {args.out}."
-            )
+            print(f"Parts are missing: others make them, or have written {args.out}.")
             print("If nobody does, and it is not there, give the command again.")
             return
         results.append(result)

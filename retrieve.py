@@ -367,9 +367,8 @@ def read_captions(path, data, device):
         found = [answer_of.get(place, -1) for place in places]
         answers.append(torch.tensor(found))  # (n,)
     if lost:
-        print(
-            f"{len(lost)} of {len(segments)} captions: no such segment in {data.path}"
-        )
+        found = f"{len(lost)} of {len(segments)} captions"
+        print(f"{found} are of no segment of {data.path}")
     has_answers = torch.cat(answers).max().item() >= 0
     example = f"{data.videos[0]} at {data.starts[0][0]:.1f} s"
     message = f"{path}: no caption of a segment of {data.path}, such as {example}"

@@ -441,7 +441,7 @@ def test_ranks(tmp_path, clip, four, monkeypatch, capsys):
     for rank in "20":
         monkeypatch.setenv("RANK", rank)
         extract.main(arguments(four, out, clip))
-        assert "Parts are missing: others work on them" in capsys.readouterr().out
+        assert "Parts are missing: others make them" in capsys.readouterr().out
         assert not out.exists()
     monkeypatch.setenv("RANK", "1")
     assert_equal(run(four, out, clip), alone)

@@ -513,7 +513,7 @@ def test_captions_of_no_segment_are_counted(world, tmp_path, capsys):
     path = tmp_path / "captions.csv"
     path.write_text("\n".join([head, *rows, "v1.avi,2.5,a", "v99.avi,0,b"]), "utf-8")
     _, text = run(world, capsys, f"--captions={path}")
-    assert f"2 of {len(rows) + 2} captions: no such segment in" in text
+    assert f"2 of {len(rows) + 2} captions are of no segment of" in text
 
 
 def test_without_true_captions_it_counts_agreement(world, capsys):
