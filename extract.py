@@ -29,8 +29,6 @@ from contextlib import suppress
 from itertools import groupby
 
 # The libraries read these when they are imported.
-# FFmpeg skips frames that no other frame needs, a third of its work.
-os.environ.setdefault("OPENCV_FFMPEG_CAPTURE_OPTIONS", "avdiscard;nonref")
 # Between two frames there may be sound for long.
 os.environ.setdefault("OPENCV_FFMPEG_READ_ATTEMPTS", "1000000000")
 # FFmpeg's complaints about damaged videos would fill the screen.
@@ -228,10 +226,13 @@ class VideoReader:
             raise BadVideo("empty file")
         if os.fsencode(path).decode(errors="replace") != path:
             raise BadVideo("its name is not UTF-8, and OpenCV opens no other")
-        one_thread = [cv2.CAP_PROP_N_THREADS, 1]  # least CPU time
-        self.capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, one_thread)
-        if not self.capture.isOpened():
-            raise BadVideo("no video that OpenCV can read")
+        # FFmpeg may skip frames that no other frame needs, a third of its work. Not where
+        # frames are few, nor where they have no times and are counted instead.
+        self.open(path, "avdiscard;nonref")
+        self.capture.grab()
+        has_times = self.capture.grab() and self.capture.get(cv2.CAP_PROP_POS_MSEC) > 0
+        is_dense = 20 <= self.capture.get(cv2.CAP_PROP_FPS) <= 240
+        self.open(path, "avdiscard;nonref" if has_times and is_dense else "")
 
         code = int(self.capture.get(cv2.CAP_PROP_FOURCC))
         self.codec = code.to_bytes(8, "little", signed=True)[:4]
@@ -247,6 +248,14 @@ class VideoReader:
         # Seconds at which the frame of the last grab begins and ends.
         self.begin = -1 / self.fps  # so that a first stamp of 0 is later
         self.end = 0.0
+
+    def open(self, path, options):
+        """Open the file at its beginning; OpenCV reads FFmpeg's options off here."""
+        os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = options
+        one_thread = [cv2.CAP_PROP_N_THREADS, 1]  # least CPU time
+        self.capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, one_thread)
+        if not self.capture.isOpened():
+            raise BadVideo("no video that OpenCV can read")
 
     def grab(self):
         """Go to the next frame, which capture.retrieve() then gives; False: no more."""

@@ -459,6 +459,8 @@ FIRST_BYTES = {
     ".json": b"{",
     ".jsonl": b"{",
     ".png": b"\x89",
+    ".csv": b"video,label,split\r\n",  # of tests/paper_tables.py, as .md
+    ".md": b"### Table",
 }
 
 

@@ -364,9 +364,14 @@ def run(Head, features, targets, split, args, device):
     scale = 1.0
     if are_numbers(targets):
         # Numbers are learned with mean 0 and deviation 1, and scored in their own unit.
-        scale = targets[train].std().item()
-        require(scale > 0, f"{args.labels}: all numbers to train on are the same")
-        targets = ((targets - targets[train].mean()) / scale).float()
+        numbers = targets[train]
+        message = f"{args.labels}: all numbers to train on are the same"
+        require(numbers.min() < numbers.max(), message)
+        scale = numbers.std().item()
+        targets = (targets - numbers.mean()) / scale
+        largest = targets[torch.cat(list(split.values()))].abs().max()
+        require(largest < 1e18, f"{args.labels}: too large numbers")  # not where NaN
+        targets = targets.float()
 
     head = fit(Head, features, targets, train, split["val"], args, device)
     error, _ = evaluate(head, features, targets, split["test"], device)

@@ -363,6 +363,8 @@ def read_captions(path, data, device):
     lost = set(answer_of)
     for video, starts in zip(data.videos, data.starts, strict=True):
         places = [(video, tenth(start)) for start in starts]
+        message = f"{data.path}: two segments of {video} start in the same 0.1 s"
+        require(len(set(places)) == len(places) or not segments, message)
         lost.difference_update(places)
         found = [answer_of.get(place, -1) for place in places]
         answers.append(torch.tensor(found))  # (n,)
@@ -443,7 +445,7 @@ def tenth(start):
 @torch.no_grad()
 def embed_captions(texts, data, device):
     """Embed captions with the text tower of the encoder of `data` -> (C, D)."""
-    name = data.meta.get("model", "")
+    name = str(data.meta.get("model", ""))
     advice = "or give --captions FILE.npz, with captions and embeddings"
     is_known = os.path.isdir(name) or ":" in name or name in open_clip.list_models()
     message = f"{data.path}: model '{name}' is none of open_clip: no text tower"

@@ -28,6 +28,7 @@ import math
 import os
 import sys
 import time
+import zlib
 from dataclasses import asdict
 
 import numpy as np
@@ -281,8 +282,8 @@ def read_names(path):
 def read_videos(args, rank, world):
     """Read this process's share: every world-th of the videos to train or validate on.
 
-    -> {number of the video among all: (n, D)}, names of all, meta of the first file.
-    Memory falls with the processes: only the share of a file is kept.
+    -> {number of the video among all: (n, D)}, names of all, meta of the first file,
+    checksum of all embeddings. Memory falls with the processes: only the share of a file is kept.
     """
     excluded = set()
     if args.exclude:
@@ -291,6 +292,7 @@ def read_videos(args, rank, world):
     mine = {}
     names = []
     metas = []
+    checksum = 0
     for path in args.data:
         data = load_data(path)
         metas.append(data.meta)
@@ -306,6 +308,7 @@ def read_videos(args, rank, world):
             # A video of one segment: there is nothing to predict it from.
             if i in left_out or len(video) < 2:
                 continue
+            checksum = zlib.crc32(video.numpy(), checksum)
             if len(names) % world == rank:
                 mine[len(names)] = video.clone()  # a view would keep the whole file
             names.append(data.videos[i])
@@ -321,7 +324,7 @@ def read_videos(args, rank, world):
         require(known, found)
         if rank == 0:
             print(found)
-    return mine, names, metas[0]
+    return mine, names, metas[0], checksum
 
 
 def split(n, val_share, seed):
@@ -359,6 +362,7 @@ def resume(path, model, optimizer, about):
     loaded, checkpoint = read_checkpoint(path)
     is_whole = isinstance(checkpoint.get("args"), dict) and checkpoint.get("log")
     require(is_whole, f"{path}: no args or no log in it: made by other code")
+    checksum = checkpoint["args"].pop("data checksum", None)  # None: of older code
     for name, then in checkpoint["args"].items():
         now = about["args"].get(name, then)
         flag = "--" + name.replace("_", "-")
@@ -368,6 +372,8 @@ def resume(path, model, optimizer, about):
     for key in ("encoder", "videos"):
         is_same = checkpoint.get(key) == about[key]
         require(is_same, f"{path}: {key}: not those of the data that is given")
+    is_same = checksum in (None, about["args"]["data checksum"])
+    require(is_same, f"{path}: embeddings: not those of the data that is given")
     model.load_state_dict(loaded.state_dict())
 
     # AdamW does not look at its state: with wrong shapes it would crash the process.
@@ -467,11 +473,12 @@ def check_files(args):
     require(is_ours, f"{log}: there, but not {args.out}, so not its log: rename one")
 
 
-def describe(args, world, model, encoder, trained_on):
+def describe(args, world, model, encoder, trained_on, checksum):
     """What a checkpoint tells of its run; one that goes on must tell the same."""
     flags = vars(args) | {"batch_size x processes": args.batch_size * world}
     for name in ("data", "exclude", "out", "resume", "device", "batch_size"):
         del flags[name]  # these may differ
+    flags["data checksum"] = checksum  # names alone do not tell other embeddings
     return {
         "config": asdict(model.config),
         "args": flags,
@@ -527,7 +534,7 @@ def main(args):
     set_up_torch(world, device)
 
     # Videos: those of this process; the split is that of all
-    mine, names, encoder = read_videos(args, rank, world)
+    mine, names, encoder, checksum = read_videos(args, rank, world)
     train_numbers, val_numbers = split(len(names), args.val_share, args.seed)
     train = [mine[i] for i in train_numbers if i in mine]
     val = {i: mine[i] for i in val_numbers if i in mine}
@@ -539,7 +546,7 @@ def main(args):
     model = build_model(args, dim=train[0].shape[1]).to(device)
     optimizer = make_optimizer(model, args)
     trained_on = [names[i] for i in train_numbers]
-    about = describe(args, world, model, encoder, trained_on)
+    about = describe(args, world, model, encoder, trained_on, checksum)
 
     # Where to begin
     done = 0

@@ -482,6 +482,7 @@ def get_args(argv=None):
 
 def main(args, flags):
     """Read the labels, list the held-out videos, probe, print the tables."""
+    sys.stdout.reconfigure(errors="backslashreplace")
     require(
         args.ckpt or args.list_held_out, "nothing to do: no --ckpt, --list-held-out"
     )

@@ -394,6 +394,15 @@ def test_slides(tmp_path, clip, capsys):
     assert "a.avi: kept, without 11 segments in which no" in capsys.readouterr().out
 
 
+def test_few_frames(tmp_path, clip):
+    """Frames that no other frame needs are skipped where each one counts."""
+    path = write_video(tmp_path / "v" / "a.avi", 20, fps=2)
+    frames = list(extract.decode(str(path), 5.0, 8))
+    assert [segment for segment, _, _ in frames] == [0] * 8 + [1] * 8 + [2] * 8 + [
+        3
+    ] * 8
+
+
 def damage(data, kind, rng):
     """Flip bytes, cut the end off, or put the pieces in another order."""
     data = np.frombuffer(data, np.uint8).copy()

@@ -579,6 +579,16 @@ def test_linear_is_the_head_of_numbers(tmp_path, monkeypatch, capsys):
     assert lines[-1].startswith("LV-MAE linear")
 
 
+def test_numbers_that_are_all_the_same(tmp_path, monkeypatch):
+    """Catches an error of 0 for numbers that differ by rounding alone."""
+    monkeypatch.chdir(tmp_path)
+    write_npz("out.npz", [f"{i}.mp4" for i in range(40)])
+    write_checkpoint("lvmae.pt")
+    labels = write_csv(Path("l.csv"), [f"{i},0.1," for i in range(40)])
+    with pytest.raises(SystemExit, match="all numbers to train on are the same"):
+        run_probe("--labels", labels, "--regression", "--runs", 1, "--epochs", 1)
+
+
 @pytest.mark.parametrize("known, expected", [(0, "0"), (10, "10"), (None, "unknown")])
 def test_leakage_is_counted(tmp_path, monkeypatch, capsys, known, expected):
     """Catches test videos of the pre-training that nobody mentions."""

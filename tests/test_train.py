@@ -226,6 +226,17 @@ def test_resume_needs_the_same_encoder_and_a_whole_checkpoint(copy):
             run_here("--epochs", 6, "--resume")
 
 
+def test_resume_needs_the_same_embeddings(copy):
+    """Catches a run that goes on with other embeddings of videos of the same names."""
+    cut_to_epoch("lvmae.pt", 5)
+    with np.load("out.npz") as file:
+        arrays = dict(file)
+    arrays["embeddings"] = -arrays["embeddings"]
+    np.savez("out.npz", **arrays)
+    with pytest.raises(SystemExit, match="lvmae.pt: embeddings: not those of the data"):
+        run_here("--epochs", 6, "--resume")
+
+
 def test_starting_anew_says_what_it_replaces(copy, capsys):
     """Catches a checkpoint of hours that is replaced without a word."""
     run_here("--epochs", 1)
@@ -272,7 +283,7 @@ def test_two_processes(uninterrupted, tmp_path, monkeypatch):
     args = train.get_args([*SMALL.split(), "--epochs", "6"])
     model = LVMAE(LVMAEConfig(**two["config"]))
     model.load_state_dict(two["model"])
-    videos, names, _ = train.read_videos(args, 0, 1)
+    videos, names, *_ = train.read_videos(args, 0, 1)
     _, numbers = train.split(len(names), args.val_share, args.seed)
     batches = train.validation_batches({i: videos[i] for i in numbers}, args)
     found = train.evaluate(model, batches, torch.device("cpu"))
@@ -335,7 +346,7 @@ def test_shares_of_processes(tmp_path):
     """Catches a process that keeps all videos, and videos of a second file that are lost."""
     files = [write_npz(tmp_path / f"{i}.npz", videos=10, seed=i) for i in range(3)]
     args = train.get_args(["--data", *files])
-    whole, names, _ = train.read_videos(args, 0, 1)
+    whole, names, *_ = train.read_videos(args, 0, 1)
     assert len(whole) == 30
     parts = [load_data(path) for path in files]
     expected = [video for part in parts for video in part.embeddings]
@@ -344,7 +355,7 @@ def test_shares_of_processes(tmp_path):
         assert names[number] == parts[number // 10].videos[number % 10]
     seen = []
     for rank in range(4):
-        videos, its_names, _ = train.read_videos(args, rank, 4)
+        videos, its_names, *_ = train.read_videos(args, rank, 4)
         assert its_names == names and len(videos) in (7, 8)
         for number, video in videos.items():
             assert torch.equal(video, whole[number])
@@ -386,7 +397,7 @@ def test_validation_masks_depend_on_the_seed_alone(tmp_path, mask):
                 assert not masked[n:].any()
         return found
 
-    videos, _, _ = train.read_videos(args, 0, 1)
+    videos, *_ = train.read_videos(args, 0, 1)
     whole = masks_of(videos)
     assert len(whole) == 40 and masks_of(videos) == whole
     for rank in range(3):

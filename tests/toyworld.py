@@ -85,7 +85,7 @@ WRITTEN = (  # all that is written into the folder
     *("clip", "videos", "captions.csv", "labels.csv"),
     *("out.npz", "out.npz.parts", "unlabelled.npz", "test.npz"),
     *("lvmae.pt", "lvmae.jsonl", "probe.json", "retrieve.json"),
-    *("experiments", "unlabelled-*.npz", "labels-*.csv"),  # of experiments.py
+    *("experiments", "unlabelled-[0-9]*.npz", "labels-[0-9]*.csv"),  # of experiments.py
 )
 
 
@@ -368,14 +368,15 @@ def clear(folder, seed):
         raise SystemExit(f"{folder}: found {error}, expected a new folder") from None
     if any(folder.iterdir()) and not mark.exists():
         raise SystemExit(f"{folder}: found files, expected a new folder or a toy world")
-    text = "Made by tests/toyworld.py, which removes it when it makes another"
-    mark.write_text(f"{text}, with --seed {seed}\n")
     for pattern in WRITTEN:
         for path in folder.glob(pattern):
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
+    # Last: the files of an old world must not pass for those of this seed.
+    text = "Made by tests/toyworld.py, which removes it when it makes another"
+    mark.write_text(f"{text}, with --seed {seed}\n")
 
 
 def read_seed(folder):
