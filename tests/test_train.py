@@ -311,6 +311,9 @@ optimizer = torch.optim.SGD(model.parameters())
 line = train.train_epoch(net, optimizer, [batches[rank]], 1, 1, args, world)
 if rank == 0:
     torch.save([line["loss"], model.state_dict()], sys.argv[1])
+if world > 1:
+    torch.distributed.barrier()  # else one may go while the other still talks to it
+    torch.distributed.destroy_process_group()
 """
 
 
