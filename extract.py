@@ -228,11 +228,14 @@ class VideoReader:
             raise BadVideo("its name is not UTF-8, and OpenCV opens no other")
         # FFmpeg may skip frames that no other frame needs, a third of its work. Not where
         # frames are few, nor where they have no times and are counted instead.
-        self.open(path, "avdiscard;nonref")
+        skipping = "avdiscard;nonref"
+        self.open(path, skipping)
         self.capture.grab()
         has_times = self.capture.grab() and self.capture.get(cv2.CAP_PROP_POS_MSEC) > 0
         is_dense = 20 <= self.capture.get(cv2.CAP_PROP_FPS) <= 240
-        self.open(path, "avdiscard;nonref" if has_times and is_dense else "")
+        if not (has_times and is_dense):
+            skipping = ""
+        self.open(path, skipping)
 
         code = int(self.capture.get(cv2.CAP_PROP_FOURCC))
         self.codec = code.to_bytes(8, "little", signed=True)[:4]
@@ -429,6 +432,9 @@ def main(args):
     if os.path.isdir(args.model):
         meta["model"] = os.path.abspath(args.model)
         meta["pretrained"] = ""
+
+    if rank == 0 and os.path.exists(args.out):
+        print(f"{args.out}: there already, and will be replaced")
 
     # Embed one video after the other; each result goes into a part.
     device = pick_device(args.device)

@@ -223,7 +223,11 @@ def line_of(name, xs, found):
 
 def main(args):
     """Do what is not done, in parallel; then report."""
+    sys.stdout.reconfigure(errors="backslashreplace")
     folder = args.folder
+    mark = folder / "toyworld.txt"
+    if not mark.exists() or "--seed" not in mark.read_text():
+        raise SystemExit(f"{folder}: no toy world: tests/toyworld.py makes one")
     (folder / "experiments").mkdir(exist_ok=True)
     write_labels(folder)
     for count in {experiment.sequences for experiment in list_experiments()}:

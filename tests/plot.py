@@ -65,7 +65,7 @@ def text(x, y, words, anchor="middle", colour="#333", size=12):
 def draw_chart(chart, left, height, colours):
     """Draw one chart with its left edge at `left` -> a list of SVG elements."""
     ys = [y for line in chart.lines for y in line.ys]
-    margin = 0.06 * (max(ys) - min(ys)) or 1
+    margin = 0.06 * (max(ys) - min(ys)) or 0.1
     low = min(ys) - margin
     high = max(ys) + margin
     x_low = min(chart.x_ticks)
@@ -75,7 +75,7 @@ def draw_chart(chart, left, height, colours):
         if chart.is_log:
             share = math.log(x / x_low) / math.log(x_high / x_low)
         else:
-            share = (x - x_low) / (x_high - x_low)
+            share = (x - x_low) / max(x_high - x_low, 1)  # 1: of a single epoch
         return left + LEFT + share * (WIDTH - LEFT - RIGHT)
 
     def place_y(y):
@@ -132,16 +132,26 @@ def draw(charts, path):
 
 def read_log(path):
     """Charts of loss and of cosine over the epochs, from a log of train.py."""
-    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    epochs = [line for line in lines if "epoch" in line]
+    try:
+        lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        epochs = [line for line in lines if "epoch" in line]
+        last = epochs[-1]
+    except (OSError, ValueError, IndexError) as error:
+        raise SystemExit(
+            f"{path}: found {error!r}, expected a log of train.py"
+        ) from None
     trivial = [line for line in lines if "predictor" in line]
     xs = [line["epoch"] for line in epochs]
-    ticks = [1, *range(0, xs[-1] + 1, max(1, round(xs[-1] / 4)))[1:]]
+    step = max(1, round(xs[-1] / 4))
+    ticks = sorted({1, *range(step, xs[-1] + 1, step)})
     charts = []
     for title, keys in (
         ("loss", {"training": "loss", "validation": "val_loss"}),
         ("cosine", {"validation": "cosine"}),
     ):
+        keys = {name: key for name, key in keys.items() if key in last}
+        if not keys:  # without validation there is no cosine
+            continue
         chart = Chart(f"{title} of the masked segments", "epoch", [], ticks)
         for name, key in keys.items():
             ys = [line[key] for line in epochs]
