@@ -226,6 +226,7 @@ class VideoReader:
             raise BadVideo("empty file")
         if os.fsencode(path).decode(errors="replace") != path:
             raise BadVideo("its name is not UTF-8, and OpenCV opens no other")
+
         # FFmpeg may skip frames that no other frame needs, a third of its work. Not where
         # frames are few, nor where they have no times and are counted instead.
         skipping = "avdiscard;nonref"
